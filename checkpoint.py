@@ -1,0 +1,168 @@
+"""Checkpoint files: written whole or not at all, verified before they are trusted, pruned, one run to a folder.
+
+    save(folder, step, state)   atomic: temporary file, fsync, rename, fsync of the folder
+    newest(folder)              (path, state) of the newest whole checkpoint, or (None, None)
+    load(path)                  the state of one checkpoint, verified; runs no code that a file might carry
+    prune(folder, keep)         deletes all but the newest
+    read_transformers(folder)   (shape, weights) of a GPT-2 in transformers' layout, or of OpenAI's by name
+    lock(folder)                a context in which no other process can train into the folder
+
+A checkpoint is what torch.save makes of tensors, numbers, strings, lists and dicts: a zip file with checksums.
+"""
+import contextlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import filelock
+import torch
+
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+KEYS = ("model", "optimizer", "model_config", "train_config", "step", "position", "val_loss")
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, or is not whole; the message names the file."""
+
+
+def save(folder, step: int, state: dict) -> Path:
+    """Write `state` to folder/model_{step:06d}.pt so that at any instant the file is either absent or whole.
+
+    Raises CheckpointError, leaving no partial file, where it cannot be written (a full disk, a read-only folder).
+    """
+    path = Path(folder) / f"model_{step:06d}.pt"
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}".splitlines()[0]) from error
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load(path) -> dict:
+    """The state in the checkpoint `path`, tensors on the CPU; CheckpointError where it is not a whole checkpoint."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"checksum of {damaged} differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint {path}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, NotImplementedError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else KEYS
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: it lacks {', '.join(missing)}")
+    return state
+
+
+def newest(folder, report=print) -> tuple[Path, dict] | tuple[None, None]:
+    """(path, state) of the newest whole checkpoint in `folder`, else (None, None); damaged ones go to `report`."""
+    for path in reversed(listing(folder)):
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            report(f"warning: {error}; trying the one before it")
+    return None, None
+
+
+def listing(folder) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("model_*.pt")
+             if (match := re.fullmatch(r"model_(\d{6,})\.pt", path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune(folder, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed writers left behind."""
+    for path in [*listing(folder)[:-keep], *Path(folder).glob("model_*.pt.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def read_transformers(name_or_folder) -> tuple[dict, dict]:
+    """A GPT-2 in transformers' layout -> (shape, weights): GPTConfig's fields, and the state dict in Linear layout.
+
+    Takes a folder with config.json and model.safetensors, or one of OpenAI's names, which huggingface_hub downloads.
+    Conv1D matrices are (in, out) in the file and are transposed. CheckpointError where it cannot be had or is no GPT-2.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = download_openai(str(name_or_folder))
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if settings.get("activation_function", "gelu_new") != "gelu_new":
+            raise ValueError(f"activation_function is {settings['activation_function']!r}, GPT-2's is 'gelu_new'")
+        shape = {key: int(settings[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape["block_size"] = int(settings["n_positions"])
+        weights = {}
+        for key, weight in load_file(folder / "model.safetensors").items():
+            key = key.removeprefix("transformer.")
+            if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the head is wte; the masks are no weights
+            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            weights["transformer." + key] = weight.t() if conv1d else weight
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no GPT-2 in transformers' layout: "
+                              f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return shape, weights
+
+
+def download_openai(name: str) -> Path:
+    """The folder into which huggingface_hub has put OpenAI's model; CheckpointError where it cannot be had."""
+    if name not in OPENAI_MODELS:
+        raise CheckpointError(f"no model {name!r}: name a folder, a .pt file or one of {', '.join(OPENAI_MODELS)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the hub's client has dozens of errors for "no network"
+        raise CheckpointError(
+            f"cannot download {name} from the Hugging Face hub ({type(error).__name__}): check the network, or name a "
+            "folder that holds its config.json and model.safetensors") from error
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Make `folder` and hold it: OSError where it cannot be written or where a live process holds it already.
+
+    The operating system drops the lock when the process ends, however it ends.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / ".lock")
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise OSError(f"another run is training into {folder}: wait for it, or choose another --out_dir") from error
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror or error}: choose another --out_dir") from error
+    try:
+        yield
+    finally:
+        held.release()

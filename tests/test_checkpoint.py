@@ -1,0 +1,118 @@
+"""Checkpoint files: whole or absent, verified, pruned, locked; and files in transformers' layout that are refused."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+from checkpoint import CheckpointError
+
+
+def state(step=1, **changes) -> dict:
+    return {"model": {"w": torch.arange(1000.0)}, "optimizer": {}, "model_config": {}, "train_config": {}, "step": step,
+            "position": 8 * step, "val_loss": 1.5, **changes}
+
+
+def test_save_and_load(tmp_path):
+    path = checkpoint.save(tmp_path, 7, state(7))
+    assert path == tmp_path / "model_000007.pt"
+    loaded = checkpoint.load(path)
+    assert loaded["step"] == 7 and torch.equal(loaded["model"]["w"], torch.arange(1000.0))
+    assert sorted(os.listdir(tmp_path)) == ["model_000007.pt"]
+
+
+def test_newest_passes_over_what_is_damaged_and_names_it(tmp_path):
+    for step in (1, 20, 3, 1_000_000):
+        checkpoint.save(tmp_path, step, state(step))
+    (tmp_path / "model_1000000.pt").write_bytes((tmp_path / "model_1000000.pt").read_bytes()[:-500])
+    told = []
+    path, found = checkpoint.newest(tmp_path, told.append)
+    assert (path.name, found["step"]) == ("model_000020.pt", 20)
+    assert len(told) == 1 and "model_1000000.pt is not a whole checkpoint" in told[0]
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, None)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (flip_a_bit, "checksum"),
+    (lambda path: path.write_bytes(b""), "not a zip file"),
+    (lambda path: path.write_bytes(b"hello" * 100), "not a zip file"),
+    (lambda path: torch.save({"weights": 1}, path), "it lacks model"),
+    (lambda path: torch.save([1, 2], path), "it lacks model"),
+    (lambda path: torch.save(state(model=print), path), "not a whole checkpoint"),
+    (lambda path: path.unlink(), "no checkpoint"),
+])
+def test_what_is_not_a_whole_checkpoint_is_refused(tmp_path, spoil, message):
+    path = checkpoint.save(tmp_path, 1, state())
+    spoil(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(path)
+    assert "model_000001.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_file(tmp_path):
+    """A file-size limit, since a full disk needs root: the write fails in the middle just the same."""
+    code = f"""
+import resource, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+keys = dict.fromkeys(checkpoint.KEYS, 0)
+checkpoint.save({str(tmp_path)!r}, 1, keys)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save({str(tmp_path)!r}, 2, keys | {{"model": torch.zeros(1_000_000)}})
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "cannot write" in result.stdout and "model_000002.pt" in result.stdout, result.stderr
+    assert os.listdir(tmp_path) == ["model_000001.pt"]
+    assert checkpoint.load(tmp_path / "model_000001.pt")
+
+
+def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, step, state(step))
+    (tmp_path / "model_000004.pt.tmp").write_bytes(b"half")
+    (tmp_path / "notes.pt").write_bytes(b"mine")
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["model_000003.pt", "model_000010.pt", "notes.pt"]
+
+
+def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\n" \
+           f"with checkpoint.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(OSError, match="another run is training into"), checkpoint.lock(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with checkpoint.lock(tmp_path):
+        pass
+
+
+def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        checkpoint.read_transformers(tmp_path)
+    for settings in ({"n_layer": 1}, [], {"activation_function": "relu"}):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match="no GPT-2"):
+            checkpoint.read_transformers(tmp_path)
+
+
+def test_openai_names_need_a_network_and_others_are_unknown():
+    with pytest.raises(CheckpointError, match="cannot download gpt2-xl from the Hugging Face hub"):
+        checkpoint.read_transformers("gpt2-xl")
+    with pytest.raises(CheckpointError, match="no model 'gpt5'"):
+        checkpoint.read_transformers("gpt5")
