@@ -1,0 +1,100 @@
+"""What this machine can do: which device, which dtype, whether a compiler works, how many FLOP/s at best.
+
+    pick_device(name, local_rank, world_size)    the torch.device of this process
+    pick_dtype(name, device)                     (dtype of the matrix products, why)
+    pick_compile(wanted, device, seconds)        (whether to compile, why)
+    peak_flops(device, dtype)                    the denominator of MFU
+"""
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets; the first entry found in the device's name counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A10G": 70,
+    "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 209,
+    "RTX 4090": 165, "RTX 3090": 71,
+}
+
+
+def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
+    """The device of this process: `name`, or the best there is; OSError where it is not there."""
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    kind, _, index = name.partition(":")
+    index = int(index) if index.isdecimal() and world_size == 1 else local_rank if kind == "cuda" else 0
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or (kind != "cpu" and index >= there[kind]):
+        raise OSError(f"--device {name} (number {index}) is not there: this machine has {there['cuda']} CUDA and "
+                        f"{there['mps']} MPS devices for PyTorch; start fewer processes, or try --device cpu")
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of the matrix products, why): bfloat16 autocast only where the hardware multiplies it natively."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in every version
+    if ((device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+            or features.get("avx512_bf16") or features.get("amx_bf16")):
+        return torch.bfloat16, "autocast, native on this hardware"
+    return torch.float32, "no native bfloat16 on this hardware"
+
+
+def pick_compile(wanted: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
+    """(whether to compile, why) for a run of about `seconds` without; a compiler is tried, not guessed."""
+    if wanted is False:
+        return False, "as asked"
+    if wanted is None and (device.type == "mps" or seconds < 600):
+        return False, "on MPS" if device.type == "mps" else "the run is too short to repay it"
+    try:
+        torch.compile(lambda x: x * 2)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler, Triton or header surfaces as any of a dozen types
+        if wanted:
+            raise OSError(f"--compile finds no working compiler ({type(error).__name__}): install a C++ compiler and "
+                            "Python's headers, or take --no-compile") from error
+        return False, f"no working compiler ({type(error).__name__})"
+    return True, "as asked" if wanted else "the run is long enough to repay it"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that `device` can do at best in `dtype`.
+
+    From the table on known GPUs (float32 runs as TF32 there, at half of bf16); elsewhere the best of three matrix
+    products.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12 * (1 if dtype == torch.bfloat16 else 0.5)
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # reading a value waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def describe_device(device: torch.device) -> str:
+    """A name for the plan card, such as `cpu, 2 threads` or `cuda:0, NVIDIA H100 80GB HBM3`."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the commit of this code where it is a git checkout."""
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        found["commit"] = commit.stdout.strip()
+    except OSError:
+        found["commit"] = ""
+    return found

@@ -1,0 +1,225 @@
+"""What a person sees of a run: the plan card, a line a step, log.jsonl, and errors in one line.
+
+Nothing here changes what is computed.
+"""
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: commands print it as one line, without a traceback, and exit with code 2."""
+
+
+def run_command(main, *arguments):
+    """Call main(*arguments) as a command: what the user can mend ends in one line on stderr and exit code 2.
+
+    Bugs keep their traceback. FloatingPointError (a run that diverged) ends in one line and exit code 1.
+    """
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        return main(*arguments)
+    except (UserError, OSError) as error:
+        message, code = str(error), 2
+    except ModuleNotFoundError as error:
+        message, code = f"{error}: run pip install -r requirements.txt", 2
+    except FloatingPointError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)  # one line, whatever raised it
+    sys.exit(code)
+
+
+def parse_flags(cls, argv: list[str], description: str) -> dict:
+    """The flags given in argv as {field: value}: each field of the dataclass `cls` is a flag, its trailing comment in
+    the source the help text. UserError, one line, for a wrong flag."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(cls):
+        text = comments[field.name].replace("%", "%%")
+        if field.default is not None:
+            text += f" (default: {field.default if field.default != '' else 'empty'})"
+        if field.type in (bool, bool | None):
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=text)
+    return vars(parser.parse_args(argv))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a UserError: one line, no usage dump."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """An Event that SIGTERM or Ctrl-C sets, so that a step can end cleanly; a second signal ends the process."""
+    stop = threading.Event()
+
+    def handle(signum, frame):
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not safe in a handler
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def print0(*values) -> None:
+    """print, on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*values, flush=True)
+
+
+def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_steps, why_dtype, why_compile, step):
+    """The plan card: all that is about to run, before it runs. `step` is the step resumed from, None if fresh."""
+    B, T, ranks, shape = train_loader.B, train_loader.T, train_loader.world_size, model.config
+    parameters = model.count_parameters()
+    origin = f"from {config.init_from}" if config.init_from else "fresh weights"
+    lr = f"{config.optimizer}, lr {config.max_lr:g} -> {config.min_lr:g} after {config.warmup_steps:,} steps of warm-up"
+    rows = {
+        "device": device,
+        "dtype": f"{config.dtype}: {why_dtype}",
+        "compile": f"{'yes' if config.compile else 'no'}: {why_compile}",
+        "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {shape.vocab_size:,} rows of "
+                 f"vocabulary: {parameters:,} parameters, {origin if step is None else 'resumed'}",
+        "data": f"{config.data}: {train_loader.n_windows:,} windows of {T:,} tokens to train on, "
+                f"{val_loader.n_windows:,} to validate, {'shuffled' if config.shuffle else 'in file order'}",
+        "batch": f"{config.total_batch_size:,} = {B} x {T:,} x {ranks} {plural(ranks, 'rank')} x {grad_accum_steps} "
+                 f"{plural(grad_accum_steps, 'micro-step')}",
+        "schedule": f"{config.max_steps:,} steps, {config.max_steps * config.total_batch_size:,} tokens = "
+                    f"{config.max_steps * config.total_batch_size / (train_loader.n_windows * T):.2f} epochs; {lr}",
+        "memory": f"{16 * parameters / 2**20:,.0f} MiB for weights, gradients and optimizer",
+        "output": f"{config.out_dir}, {'a fresh run' if step is None else f'resumed after step {step:,}'}",
+    }
+    if not config.max_steps:
+        rows = {topic: rows[topic] for topic in ("device", "dtype", "compile", "model", "data")}
+    print0("-" * 100)
+    for topic, text in rows.items():
+        print0(f"{topic:>8} | {text}")
+    print0("-" * 100)
+
+
+def plural(count: int, noun: str) -> str:
+    return noun if count == 1 else noun + "s"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class RunLog:
+    """What a run says while it goes, on rank 0 only: lines on the screen, and one JSON object a line in log.jsonl.
+
+    Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped. Evaluation alone (max_steps 0)
+    appends to eval.jsonl instead, so that it never touches the log of a training run.
+    """
+
+    def __init__(self, config, rank: int, step: int, flops_per_step: float, peak: float):
+        self.config, self.rank, self.flops_per_step, self.peak = config, rank, flops_per_step, peak
+        self.started, self.bad_steps = time.perf_counter(), 0
+        self.seconds = None  # moving average of a step's time
+        self.torn = False  # whether the last write stopped within a line
+        self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
+        if rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if config.max_steps:
+                self._drop_after(step)
+            self.file = open(self.path, "ab", buffering=0)
+
+    def _drop_after(self, step: int) -> None:
+        """Keep the lines up to and including `step`; a line torn by a crash goes too."""
+        kept = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                if step >= 0 and json.loads(line).get("step", step) <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, AttributeError):
+                pass
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, self.path)
+
+    def write(self, kind: str, **values) -> None:
+        """Append {"kind": kind, ...values}; floats that JSON has no word for (nan, inf) become null."""
+        if self.rank > 0:
+            return
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
+        line = b"\n" * self.torn + json.dumps({"kind": kind, **finite}).encode() + b"\n"
+        try:
+            self.torn = self.file.write(line) < len(line)
+        except OSError as error:
+            self.torn = True
+            print0(f"warning: cannot write {self.path}: {error}; training goes on")
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        if self.rank == 0:
+            os.fsync(self.file.fileno())
+
+    def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool) -> None:
+        """The `step`-th step is finished and took `seconds`; FloatingPointError after five in a row were skipped."""
+        self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
+        last, tokens = self.config.max_steps, step * self.config.total_batch_size
+        tok_per_s, mfu = self.config.total_batch_size / seconds, self.flops_per_step / seconds / self.peak
+        print0(f"step {step:>{len(str(last))}}/{last} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+               f"{seconds * 1000:,.0f} ms | {tok_per_s:,.0f} tok/s | MFU {mfu:.1%} | "
+               f"ETA {clock(self.seconds * (last - step))}{' | skipped: not finite' if skipped else ''}")
+        self.write("train", step=step, tokens=tokens, loss=loss, lr=lr, norm=norm, dt_ms=seconds * 1000,
+                   tok_per_s=tok_per_s, mfu=mfu, **({"skipped": True} if skipped else {}))
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        if self.bad_steps == 5:
+            raise FloatingPointError(
+                f"five steps in a row without a finite loss and gradient, the last one step {step} (loss {loss}, norm "
+                f"{norm}) at {tokens:,} tokens: the last checkpoint is unharmed; try a lower --max_lr with another "
+                "--out_dir")
+
+    def val(self, step: int, loss: float) -> None:
+        """The validation loss after `step` steps."""
+        print0(f"step {step}/{self.config.max_steps} | validation loss {loss:.4f}")
+        self.write("val", step=step, loss=loss)
+
+    def sample(self, step: int, text: str) -> None:
+        """What the model writes after `step` steps."""
+        print0(f"step {step}/{self.config.max_steps} | sample: {text!r}")
+        self.write("sample", step=step, text=text)
+
+    def end(self, step: int, val_loss: float, stopping: bool) -> None:
+        """The last words: the result, or how to go on."""
+        took = clock(time.perf_counter() - self.started)
+        if stopping:
+            print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command goes on from there")
+            return
+        if not self.config.max_steps:
+            print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
+            return
+        tokens = step * self.config.total_batch_size
+        print0(f"finished: validation loss {val_loss:.4f} after {step:,} steps and {tokens:,} tokens, {took} since the "
+               f"start; checkpoints and log.jsonl in {self.config.out_dir}")
+        if Path(self.config.data).is_file():
+            print0("this was a small text; for GPT-2 124M itself put token shards of FineWeb-Edu into edu_fineweb10B/ "
+                   "and run python train_gpt2.py again")

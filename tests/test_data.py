@@ -1,0 +1,184 @@
+"""DataLoaderLite against a plain list of windows: partitions, order, formats, and what is refused."""
+import resource
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_shards
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shards import DataError
+from tokenizer import gpt2_encoding
+from train_gpt2 import DataLoaderLite, UserError
+
+
+def plain_windows(folder, split, T) -> list[tuple]:
+    """Every window of a split in file order, by the definition: (x, y) of T tokens, as tuples."""
+    windows = []
+    for path in sorted(folder.glob(f"*{split}*.npy")):
+        tokens = np.load(path)
+        windows += [(tuple(tokens[w * T:w * T + T]), tuple(tokens[w * T + 1:w * T + T + 1]))
+                    for w in range(max(0, len(tokens) - 1) // T)]
+    return windows
+
+
+def take(loader, batches) -> list[tuple]:
+    """The windows of the next batches, as tuples."""
+    rows = []
+    for _ in range(batches):
+        x, y = loader.next_batch()
+        assert x.dtype == y.dtype == torch.uint16 and x.shape == y.shape == (loader.B, loader.T)
+        rows += [(tuple(a), tuple(b)) for a, b in zip(x.tolist(), y.tolist())]
+    return rows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5), B=st.integers(1, 5), T=st.integers(1, 9),
+       world_size=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), shuffle=st.booleans())
+def test_ranks_partition_the_single_process_order(lengths, B, T, world_size, seed, shuffle, tmp_path_factory):
+    folder = write_shards(tmp_path_factory.mktemp("shards"), train=lengths, seed=seed)
+    expected = plain_windows(folder, "train", T)
+    if not expected:
+        with pytest.raises(UserError, match="shorter than one window"):
+            DataLoaderLite(folder, "train", B, T)
+        return
+    one = DataLoaderLite(folder, "train", 1, T, seed=seed, shuffle=shuffle)
+    assert one.n_windows == len(expected)
+    epochs = [take(one, one.n_windows) for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(expected)  # each window once an epoch
+    if not shuffle:
+        assert epochs == [expected, expected]  # in file order
+    ranks = [DataLoaderLite(folder, "train", B, T, rank, world_size, seed, shuffle) for rank in range(world_size)]
+    merged = []
+    while len(merged) < 2 * len(expected):
+        merged += [row for loader in ranks for row in take(loader, 1)]
+        assert len({loader.state_dict()["position"] for loader in ranks}) == 1  # ranks never drift apart
+    single = epochs[0] + epochs[1]
+    assert merged[:len(single)] == single
+
+
+def test_the_order_changes_with_epoch_and_seed(shard_folder):
+    orders = [tuple(take(DataLoaderLite(shard_folder, "train", 150, 16, seed=seed), 1)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    loader = DataLoaderLite(shard_folder, "train", 149, 16)
+    assert loader.n_windows == 93 + 56
+    assert take(loader, 1) != take(loader, 1)
+
+
+def test_the_order_is_pinned(shard_folder):
+    """What a checkpoint's position means may never change: these are the numbers of the first release."""
+    loader = DataLoaderLite(shard_folder, "train", 1, 16, seed=1337)
+    windows = plain_windows(shard_folder, "train", 16)
+    assert take(loader, 5) == [windows[i] for i in (84, 136, 31, 18, 106)]
+
+
+def test_position_is_all_there_is_to_save(shard_folder):
+    loader = DataLoaderLite(shard_folder, "train", 4, 16)
+    take(loader, 50)  # beyond the first epoch
+    state = loader.state_dict()
+    expected = take(loader, 3)
+    other = DataLoaderLite(shard_folder, "train", 4, 16)
+    other.load_state_dict(state)
+    assert take(other, 3) == expected
+    other.reset()
+    assert take(other, 1) == take(DataLoaderLite(shard_folder, "train", 4, 16), 1)
+
+
+def write_bin(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def test_three_formats_hold_the_same_tokens(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50257, 400, dtype=np.uint16)
+    batches = []
+    for name in ("npy", "llmc", "nanogpt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "npy":
+            np.save(folder / "edufineweb_train_000001.npy", tokens)
+        elif name == "llmc":
+            write_bin(folder / "fineweb_train_000001.bin", tokens)
+        else:
+            tokens.tofile(folder / "train.bin")
+        batches.append(take(DataLoaderLite(folder, "train", 3, 16), 9))
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_a_text_file_is_split_nine_to_one():
+    tokens = gpt2_encoding().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8"))
+    n_val = len(tokens) // 10
+    train, val = (DataLoaderLite(ROOT / "input.txt", split, 1, 64, shuffle=False) for split in ("train", "val"))
+    assert take(train, 1)[0] == (tuple(tokens[:64]), tuple(tokens[1:65]))
+    assert take(val, 1)[0] == (tuple(tokens[-n_val:][:64]), tuple(tokens[-n_val:][1:65]))
+    assert (train.n_windows, val.n_windows) == ((len(tokens) - n_val - 1) // 64, (n_val - 1) // 64)
+
+
+def test_opening_ten_billion_tokens_takes_no_time_and_no_memory(tmp_path):
+    for i in range(100):  # sparse files: 100M zeros each, 10B in all
+        split = "train" if i else "val"
+        header = np.lib.format.header_data_from_array_1_0(np.zeros(0, dtype=np.uint16)) | {"shape": (100_000_000,)}
+        with open(tmp_path / f"edufineweb_{split}_{i:06d}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + 200_000_000)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    loader = DataLoaderLite(tmp_path, "train", 4, 1024)
+    assert time.perf_counter() - start < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    assert loader.n_windows == 99 * (99_999_999 // 1024)
+
+
+def spoil(folder, how):
+    path = folder / "edufineweb_train_000001.npy"
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "padded":
+        path.write_bytes(path.read_bytes() + b"\0\0")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "dtype":
+        np.save(path, np.zeros(400, dtype=np.int64))
+    elif how == "pickled":
+        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    elif how == "two-dimensional":
+        np.save(path, np.zeros((20, 20), dtype=np.uint16))
+    elif how == "magic":
+        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), magic=1)
+    elif how == "version":
+        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), version=7)
+    elif how == "count":
+        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), count=399)
+    elif how == "header":
+        path.with_suffix(".bin").write_bytes(np.array([20240520, 1, 0], dtype=np.int32).tobytes())
+    elif how == "odd":
+        (folder / "train.bin").write_bytes(b"\0" * 801)
+    elif how == "both names":
+        path.rename(folder / "train_val.npy")
+
+
+@pytest.mark.parametrize("how", ["truncated", "padded", "empty", "dtype", "pickled", "two-dimensional", "magic",
+                                 "version", "count", "header", "odd", "both names"])
+def test_a_bad_shard_is_refused_by_name(shard_folder, how):
+    spoil(shard_folder, how)
+    with pytest.raises(DataError, match=r"shard \S*train\S*"):
+        DataLoaderLite(shard_folder, "train", 1, 16)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    folder = write_shards(tmp_path / "data", train=(40_000,))
+    path = folder / "edufineweb_train_000001.npy"
+    tokens = np.load(path)
+    tokens[9_990] = 50257  # outside the sample that is read at the start
+    np.save(path, tokens)
+    loader = DataLoaderLite(folder, "train", 1, 100, shuffle=False)
+    take(loader, 99)
+    with pytest.raises(UserError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
+        loader.next_batch()
+    tokens[0] = 50257
+    np.save(path, tokens)
+    with pytest.raises(UserError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
+        DataLoaderLite(folder, "train", 1, 100)

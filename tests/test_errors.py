@@ -1,0 +1,159 @@
+"""Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command."""
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, flags, run, write_shards
+from test_data import spoil
+
+import checkpoint
+
+
+def error_of(arguments, cwd=None, **environment) -> str:
+    """The one line with which the command refuses; anything else on stderr, or another exit code, is a failure."""
+    result = run(arguments, cwd=cwd, **environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--max_step", "3"], "unrecognized arguments: --max_step"),
+    (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+    (["--max_steps"], "--max_steps: expected one argument"),
+    (["--max_steps", "-1"], "--max_steps is -1, it must be 0 or more"),
+    (["--max_lr", "nan"], "--max_lr is nan, it must be 0 or more"),
+    (["--max_lr", "inf"], "--max_lr is inf"),
+    (["--min_lr", "1"], "--min_lr is 1.0, it must be at most max_lr"),
+    (["--total_batch_size", "0"], "--total_batch_size is 0, it must be 1 or more"),
+    (["--keep_checkpoints", "0"], "--keep_checkpoints is 0, it must be 1 or more"),
+    (["--seed", "99999999999"], "--seed is 99999999999, it must be below 2**32"),
+    (["--model", "gpt5"], "--model is 'gpt5', it must be one of gpt2, gpt2-medium"),
+    (["--optimizer", "sgd"], "--optimizer is 'sgd', it must be adamw or muon"),
+    (["--dtype", "float16"], "--dtype is 'float16', it must be auto, float32 or bfloat16"),
+    (["--n_embd", "33", "--n_head", "2"], "n_embd 33 must be a multiple of n_head 2"),
+    (["--data", "nowhere"], "no data 'nowhere': --data takes a folder of token shards or a text file"),
+    (["--init_from", "gpt5"], "no model 'gpt5': name a folder, a .pt file or one of gpt2"),
+    (["--init_from", "gpt2"], "cannot download gpt2 from the Hugging Face hub"),
+    (["--init_from", "missing.pt"], "no checkpoint missing.pt"),
+    (["--device", "cuda:7"], "--device cuda:7 (number 7) is not there"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--total_batch_size", "1000"], "take 896 or 1024"),
+    (["--micro_batch_size", "3"], "of micro_batch_size x sequence_length x ranks = 384: take 384 or 768"),
+    (["--total_batch_size", "100"], "= 128: take 128"),
+])
+def test_wrong_flags_and_values(arguments, message, tmp_path):
+    unchanged = ["--total_batch_size", "512", "--sequence_length", "128"]
+    assert message in error_of(["--out_dir", str(tmp_path / "out"), *unchanged, *arguments])
+
+
+@pytest.mark.parametrize("how, message", [
+    ("no folder", "no data"), ("empty", "no train shards in"), ("no val", "no val shards in"),
+    ("truncated", "edufineweb_train_000001.npy cannot be used"), ("dtype", "not one row of uint16"),
+    ("pickled", "edufineweb_train_000001.npy cannot be used"), ("vocabulary", "holds the token 60000"),
+    ("short", "is shorter than one window of 16 + 1 tokens"), ("text short", "is shorter than one window"),
+    ("text binary", "is not a UTF-8 text file"), ("text empty", "is shorter than one window"),
+])
+def test_data_that_cannot_be_used(how, message, tmp_path):
+    data = write_shards(tmp_path / "data")
+    if how == "no folder":
+        data = tmp_path / "nowhere"
+    elif how == "empty":
+        data = tmp_path / "empty"
+        data.mkdir()
+    elif how == "no val":
+        (data / "edufineweb_val_000000.npy").unlink()
+    elif how == "vocabulary":
+        np.save(data / "edufineweb_train_000001.npy", np.full(400, 60000, dtype=np.uint16))
+    elif how == "short":
+        np.save(data / "edufineweb_val_000000.npy", np.zeros(16, dtype=np.uint16))
+    elif how.startswith("text"):
+        data = tmp_path / "text.txt"
+        data.write_bytes({"text short": b"too short a text", "text empty": b"", "text binary": b"\xff\xfe\x00"}[how])
+    else:
+        spoil(data, how)
+    assert message in error_of(flags(data=data, out_dir=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"n_embd": 32}, "has --n_embd 16, not 32"), ({"max_steps": 9}, "has --max_steps 6, not 9"),
+    ({"seed": 7}, "has --seed 1337, not 7"), ({"dtype": "bfloat16"}, "has --dtype float32, not bfloat16"),
+    ({"shuffle": False}, "has --shuffle True, not False"),
+])
+def test_the_run_of_another_experiment_is_not_resumed(changes, message, finished_run):
+    data, out = finished_run
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    line = error_of(flags(data=data, out_dir=out, **changes))
+    assert message in line and "--out_dir" in line
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}  # nothing is lost
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_shards(folder / "data")
+    assert run(flags(data=data, out_dir=folder / "out")).returncode == 0
+    return data, folder / "out"
+
+
+def test_what_may_differ_when_resuming(finished_run):
+    data, out = finished_run
+    result = run(flags(data=data, out_dir=out, micro_batch_size=2, keep_checkpoints=3, val_every=1, compile=False))
+    assert result.returncode == 0 and "finished" in result.stdout, result.stderr
+
+
+def test_checkpoints_that_are_not_ours(finished_run, tmp_path):
+    data, _ = finished_run
+    out = tmp_path / "out"
+    out.mkdir()
+    torch.save({"weights": torch.zeros(3)}, out / "model_000005.pt")
+    assert "no checkpoint in" in error_of(flags(data=data, out_dir=out))
+    assert (out / "model_000005.pt").exists()
+    state = dict.fromkeys(checkpoint.KEYS, 0) | {"train_config": {}, "model_config": {"n_layer": 1}, "model": {}}
+    checkpoint.save(out, 6, state)
+    assert "the weights in" in error_of(flags(data=data, out_dir=out))
+
+
+def test_an_output_folder_that_cannot_be_written(shard_folder, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot write to" in error_of(flags(data=shard_folder, out_dir=tmp_path / "file"))
+    assert "cannot write to /proc/nowhere" in error_of(flags(data=shard_folder, out_dir="/proc/nowhere"))
+
+
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(shard_folder, tmp_path):
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=100000, compile=False)
+    first = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    while "step" not in first.stdout.readline():
+        pass
+    assert "another run is training into" in error_of(arguments)
+    first.kill()
+    first.wait()
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=6)
+    first.stdout.close()
+    for path in (tmp_path / "out").glob("model_*"):
+        path.unlink()
+    assert run(arguments).returncode == 0
+
+
+def test_more_ranks_than_gpus_are_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "0 CUDA" in error_of(["--device", "cuda"])
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path):
+    (tmp_path / "tiktoken.py").write_text("raise ModuleNotFoundError(\"No module named 'tiktoken'\")")
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    line = error_of(flags(data=tmp_path / "text.txt", out_dir=tmp_path / "out"),
+                    PYTHONPATH=str(tmp_path))
+    assert "No module named 'tiktoken': run pip install -r requirements.txt" in line
+
+
+@pytest.mark.dist
+def test_an_error_of_one_rank_stops_them_all(shard_folder, tmp_path):
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", total_batch_size=64 * 3), ranks=2)
+    assert result.returncode == 1
+    assert "rank 0: error: --total_batch_size 192 is not a multiple of" in result.stderr

@@ -1,0 +1,172 @@
+"""The model against transformers' GPT-2, and against what the paper and the formulas say."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, generate, load_model
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = GPTConfig(block_size=24, vocab_size=211, n_layer=3, n_head=4, n_embd=32)
+
+
+def random_gpt2(folder, std=0.2, **shape):
+    """A GPT-2 of transformers' own with random weights, biases and LayerNorms too, saved to `folder`."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_logits_equal_transformers(name, tmp_path):
+    shape = {**MODELS[name], "n_embd": 4 * MODELS[name]["n_head"], "vocab_size": 301, "n_positions": 40}
+    theirs = random_gpt2(tmp_path, **shape)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = torch.randint(0, 301, (2, 40))
+    with torch.no_grad():
+        expected, logits = theirs(idx).logits, ours(idx)[0]
+    assert expected.std() > 0.1  # a model that says nothing would agree with anything
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    loss = ours(idx, idx)[1]
+    torch.testing.assert_close(loss, F.cross_entropy(expected.view(-1, 301), idx.view(-1)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_logits_equal_transformers_at_124m(tmp_path):
+    theirs = random_gpt2(tmp_path, std=0.02)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = torch.randint(0, 50257, (1, 1024))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_reads_openai_s_files(tmp_path):
+    """OpenAI's files on the hub have no `transformer.` prefix, no lm_head, and carry the attention masks."""
+    theirs = random_gpt2(tmp_path, n_layer=2, n_head=2, n_embd=8, vocab_size=53, n_positions=16)
+    weights = {key.removeprefix("transformer."): value
+               for key, value in load_file(tmp_path / "model.safetensors").items() if key != "lm_head.weight"}
+    weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    idx = torch.randint(0, 53, (1, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path).eval()(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_parameter_count_and_keys():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    assert model.count_parameters() == 124_439_808
+    assert set(model.state_dict()) == set(theirs.state_dict())
+    assert model.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("name, millions", [("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)])
+def test_sizes(name, millions):
+    with torch.device("meta"):
+        assert round(GPT(GPTConfig(**MODELS[name])).count_parameters() / 1e6) == millions
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=64))
+    idx = torch.randint(0, 50257, (4, 128))
+    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50257)) < 0.1
+
+
+def test_std_of_every_kind_of_weight():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=5000, n_layer=8, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(p.mean().item()) < std * 0.05, name
+
+
+def test_causality():
+    torch.manual_seed(0)
+    model = GPT(SMALL).eval()
+    idx = torch.randint(0, 211, (1, 24))
+    changed = idx.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 211
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10], after[:, 10])
+
+
+def test_training_mode_saves_the_logits_and_keeps_the_loss():
+    model, idx = GPT(SMALL), torch.randint(0, 211, (2, 24))
+    logits, loss = model(idx, idx)
+    assert logits is None
+    assert torch.equal(model.eval()(idx, idx)[1], loss)
+
+
+@pytest.mark.parametrize("cuts", [(24,), (1,) * 24, (7, 1, 9, 7)])
+def test_cached_logits_equal_uncached(cuts):
+    torch.manual_seed(0)
+    model = GPT(SMALL).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx, cache = torch.randint(0, 211, (3, 24)), model.make_cache()
+    with torch.no_grad():
+        pieces = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(cuts, dim=1)], dim=1)
+        torch.testing.assert_close(pieces, model(idx)[0], atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match="25 positions"):
+            model(idx[:, :1], cache=cache)
+
+
+def test_greedy_tokens_equal_transformers(tmp_path):
+    theirs = random_gpt2(tmp_path, n_layer=2, n_head=2, n_embd=32, vocab_size=211, n_positions=64)
+    idx = torch.randint(0, 211, (2, 5))
+    expected = theirs.generate(idx, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generate(GPT.from_pretrained(tmp_path), idx, 40, temperature=0), expected)
+
+
+def test_generation_slides_past_the_block_size():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    idx = torch.randint(0, 211, (1, 20))
+    result, expected = generate(model, idx, 12, temperature=0), idx
+    assert model.training  # it leaves the model in the mode it found
+    for _ in range(12):
+        logits = model.eval()(expected[:, -24:])[0]
+        expected = torch.cat((expected, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(result, expected)
+
+
+def test_sampling_repeats_by_seed_and_never_yields_padding():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=PADDED_VOCAB_SIZE, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] = 100 * model.transformer.ln_f.weight  # padding that shouts
+    start = torch.zeros(64, 1, dtype=torch.int64)
+    draws = [generate(model, start, 8, top_k=None, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert draws[0].max() < 50257
+    assert len(draws[0][:, 1].unique()) > 32  # without top_k the draw is wide
+    narrow = generate(model, start, 1, top_k=2, generator=torch.Generator().manual_seed(3))
+    assert len(narrow[:, 1].unique()) <= 2
+
+
+@pytest.mark.slow
+def test_compiled_model_has_the_loss_and_gradient_of_the_plain_one():
+    torch.manual_seed(0)
+    model, idx = GPT(SMALL), torch.randint(0, 211, (2, 24))
+    results = []
+    for forward in (model, torch.compile(model, dynamic=False)):
+        model.zero_grad()
+        loss = forward(idx, idx)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,98 @@
+"""The schedule against its formula, the parameter groups against the rule, Muon's share against the blocks."""
+import copy
+import math
+
+import pytest
+import torch
+
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
+
+CPU = torch.device("cpu")
+
+
+def small_model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16))
+
+
+def test_schedule_equals_the_formula_at_every_step():
+    config = TrainConfig()
+    for step in range(config.max_steps + 100):
+        if step < 715:
+            expected = 6e-4 * (step + 1) / 715
+        elif step < 19073:
+            expected = 6e-5 + (6e-4 - 6e-5) * (1 + math.cos(math.pi * (step - 715) / (19073 - 715))) / 2
+        else:
+            expected = 6e-5
+        assert get_lr(step, config) == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedule_without_warmup_or_with_more_warmup_than_steps():
+    assert get_lr(0, TrainConfig(warmup_steps=0)) == 6e-4
+    assert get_lr(9, TrainConfig(max_steps=10)) == pytest.approx(6e-4 * 10 / 715)
+
+
+def test_decay_falls_on_matrices_only():
+    model = small_model()
+    optimizer = configure_optimizer(model, TrainConfig(weight_decay=0.25), CPU)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.25 for p in group["params"]}
+    plain = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert plain == {id(p) for p in model.parameters() if p.dim() < 2}
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 and group["fused"]
+
+
+def test_adamw_takes_the_step_of_the_paper():
+    """Loshchilov and Hutter 2019, algorithm 2, worked by hand for two steps."""
+    model = small_model()
+    config = TrainConfig(max_lr=0.01, min_lr=0.0, weight_decay=0.1)
+    optimizer = configure_optimizer(model, config, CPU)
+    p = model.transformer.wpe.weight
+    expected, m, v = p.detach().clone().double(), 0.0, 0.0
+    for t in (1, 2):
+        for q in model.parameters():
+            q.grad = torch.randn_like(q)
+        g = p.grad.double()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        optimizer.step()
+    torch.testing.assert_close(p.detach().double(), expected, atol=1e-6, rtol=0)
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = small_model()
+    optimizer = configure_optimizer(model, TrainConfig(optimizer="muon"), CPU)
+    adamw, muon = optimizer.optimizers
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    by_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert by_muon == {f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in kinds}
+    assert by_adamw == set(names.values()) - by_muon
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    assert {group["lr"] for group in adamw.param_groups + muon.param_groups} == {0.5}
+
+
+def test_muon_continues_from_its_state_dict_bit_by_bit():
+    models = [small_model(), small_model()]
+    config = TrainConfig(optimizer="muon")
+    optimizers = [configure_optimizer(model, config, CPU) for model in models]
+
+    def steps(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * seed
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    steps(models[0], optimizers[0], 1)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers):
+        steps(model, optimizer, 2)
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.equal(p, q)

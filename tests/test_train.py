@@ -1,0 +1,367 @@
+"""The real command, start to end: learning, resuming bit by bit, several ranks, and what it leaves on disk."""
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command, flags, read_log, run, write_shards
+
+import checkpoint
+import train_gpt2
+from train_gpt2 import DEMO, GPT, DataLoaderLite, GPTConfig, TrainConfig, UserError, evaluate_val_loss, parse_args
+
+
+def final_state(folder, step=TINY["max_steps"]) -> dict:
+    return checkpoint.load(folder / f"model_{step:06d}.pt")
+
+
+def same(a, b) -> bool:
+    """Whether two parts of a checkpoint are equal bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
+
+
+def assert_same_run(first, second, step=TINY["max_steps"]):
+    """Weights, optimizer state, position and logged losses of two finished runs are the same, bit by bit."""
+    a, b = final_state(first, step), final_state(second, step)
+    for key in ("model", "optimizer", "position", "val_loss", "step"):
+        assert same(a[key], b[key]), key
+    for kind in ("train", "val"):
+        losses = [[(line["step"], line["loss"], line.get("norm")) for line in read_log(folder, kind)]
+                  for folder in (first, second)]
+        assert losses[0] == losses[1]
+
+
+def run_until(arguments, text, sign, ranks=1, cwd=None) -> tuple[int, str]:
+    """Start the real command, send it `sign` once it prints `text`, and wait: (exit code, all it printed)."""
+    process = subprocess.Popen(command(arguments, ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if text in line:
+            process.send_signal(sign)
+            break
+    printed += process.stdout.readlines()
+    return process.wait(timeout=120), "".join(printed)
+
+
+def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
+    out = tmp_path / "out"
+    result = run(flags(data=shard_folder, out_dir=out, sample_every=3))
+    assert result.returncode == 0, result.stderr
+    assert "128 = 4 x 16 x 1 rank x 2 micro-steps" in result.stdout
+    assert "a fresh run" in result.stdout and "ETA" in result.stdout and "tok/s" in result.stdout
+    assert [line["step"] for line in read_log(out, "val")] == [0, 3, 6]
+    assert [line["step"] for line in read_log(out, "sample")] == [0, 3, 6]
+    lines = read_log(out, "train")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 7)]
+    config = TrainConfig(warmup_steps=2, max_steps=6, max_lr=0.01, min_lr=0.001)
+    assert [line["lr"] for line in lines] == [train_gpt2.get_lr(step, config) for step in range(6)]
+    keys = {"kind", "step", "tokens", "loss", "lr", "norm", "dt_ms", "tok_per_s", "mfu"}
+    assert all(set(line) == keys for line in lines)
+    assert abs(lines[0]["loss"] - np.log(50304)) < 0.1 and lines[-1]["loss"] < lines[0]["loss"]
+    assert read_log(out, "run")[0]["config"]["max_steps"] == 6
+    assert sorted(p.name for p in out.glob("*.pt*")) == ["model_000004.pt", "model_000006.pt"]
+    state = torch.load(out / "model_000006.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "model_config", "train_config", "step", "position", "val_loss"}
+    assert (state["step"], state["position"]) == (6, 6 * 8)
+    assert set(state["model"]) == set(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16)).state_dict())
+    assert state["val_loss"] == read_log(out, "val")[-1]["loss"]
+
+    again = run(flags(data=shard_folder, out_dir=out, sample_every=3))
+    assert again.returncode == 0 and "finished: validation loss" in again.stdout
+    assert len(read_log(out, "train")) == 6
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def whole_run(request, tmp_path_factory):
+    """(its flags but for out_dir, its folder): 100 steps, five epochs, never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    long = {"data": write_shards(folder / "data"), "max_steps": 100, "val_every": 35, "checkpoint_every": 10,
+            "optimizer": request.param}
+    assert run(flags(out_dir=folder / "out", **long)).returncode == 0
+    return long, folder / "out"
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_run_ends_as_if_it_had_never_stopped(how, whole_run, tmp_path):
+    long, whole = whole_run
+    for text in ("step  23/", "step  68/"):
+        code, printed = run_until(flags(out_dir=tmp_path, **long), text, getattr(signal, how))
+        assert code == (-signal.SIGKILL if how == "SIGKILL" else 0), printed
+        assert how == "SIGKILL" or "stopped after step" in printed
+        assert not (tmp_path / "model_000100.pt").exists(), "it was not stopped in time"
+    last = run(flags(out_dir=tmp_path, **long))
+    assert last.returncode == 0 and "resumed after step" in last.stdout, last.stderr
+    assert_same_run(whole, tmp_path, 100)
+
+
+def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one(shard_folder, tmp_path):
+    for name in ("whole", "damaged"):
+        assert run(flags(data=shard_folder, out_dir=tmp_path / name)).returncode == 0
+    path = tmp_path / "damaged" / "model_000006.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "damaged"))
+    assert "model_000006.pt is not a whole checkpoint" in result.stdout and "resumed after step 4" in result.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+
+
+RECORDER = """
+import os, sys, json
+import train_gpt2
+original = train_gpt2.DataLoaderLite.next_batch
+def recording(self):
+    x, y = original(self)
+    if self.shuffle:
+        with open(f"{sys.argv[1]}/rank{self.rank}of{self.world_size}", "a") as file:
+            file.write(json.dumps([self.position, x.tolist(), y.tolist()]) + chr(10))
+    return x, y
+train_gpt2.DataLoaderLite.next_batch = recording
+train_gpt2.main(train_gpt2.parse_args(sys.argv[2:]))
+"""
+
+
+def recorded_windows(folder, world_size) -> list:
+    """What the ranks were given, put back into the order of a single process."""
+    ranks = [[json.loads(line) for line in open(folder / f"rank{rank}of{world_size}")] for rank in range(world_size)]
+    order = []
+    for batches in zip(*ranks):
+        assert len({position for position, _, _ in batches}) == 1
+        order += [window for _, x, y in batches for window in zip(x, y)]
+    return order
+
+
+@pytest.mark.dist
+def test_two_ranks_see_the_tokens_and_have_the_losses_of_one(shard_folder, tmp_path):
+    script = tmp_path / "record.py"
+    script.write_text(RECORDER)
+    for ranks in (1, 2):
+        result = run([tmp_path, *flags(data=shard_folder, out_dir=tmp_path / f"out{ranks}")], ranks, script=script)
+        assert result.returncode == 0, result.stderr
+    one, two = recorded_windows(tmp_path, 1), recorded_windows(tmp_path, 2)
+    assert one[:48] == two[:48]  # what the 6 steps used; each has fetched one batch more
+    for kind in ("train", "val"):
+        losses = [[line["loss"] for line in read_log(tmp_path / f"out{ranks}", kind)] for ranks in (1, 2)]
+        np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+    assert len(read_log(tmp_path / "out2", "train")) == 6  # rank 0 alone writes
+
+
+@pytest.mark.dist
+def test_two_stopped_ranks_end_as_if_they_had_never_stopped(shard_folder, tmp_path):
+    long = {"data": shard_folder, "max_steps": 60, "val_every": 25, "checkpoint_every": 10}
+    assert run(flags(out_dir=tmp_path / "whole", **long), ranks=2).returncode == 0
+    code, printed = run_until(flags(out_dir=tmp_path / "stopped", **long), "step 23/", signal.SIGTERM, ranks=2)
+    assert code == 1 and "stopped after step" in printed, printed  # torchrun itself exits 1 after a signal
+    assert run(flags(out_dir=tmp_path / "stopped", **long), ranks=2).returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 60)
+
+
+def train_in_process(tmp_path, **changes):
+    """main() in this process, with small steps; returns (last validation loss, folder)."""
+    out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+    return train_gpt2.main(parse_args(flags(out_dir=out, **changes))), out
+
+
+def test_micro_batches_give_the_gradient_of_one_batch(shard_folder, tmp_path, monkeypatch):
+    gradients = {}
+    original = torch.nn.utils.clip_grad_norm_
+    for B in (1, 2, 8):
+        def keep(parameters, *limit, B=B):
+            parameters = list(parameters)
+            gradients.setdefault(B, torch.cat([p.grad.flatten() for p in parameters]))
+            return original(parameters, *limit)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+        train_in_process(tmp_path, data=shard_folder, micro_batch_size=B, max_steps=1)
+    for B in (1, 2):
+        torch.testing.assert_close(gradients[B], gradients[8], atol=1e-7, rtol=1e-4)
+    # and it is the gradient of the definition: the mean over all eight windows
+    torch.manual_seed(TrainConfig.seed)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
+    x, y = (t.long() for t in DataLoaderLite(shard_folder, "train", 8, 16).next_batch())
+    logits = model.eval()(x)[0]
+    (-logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradients[8], expected, atol=1e-7, rtol=1e-4)
+
+
+def test_clipping_bounds_the_update(shard_folder, tmp_path):
+    """The logged norm is the one before clipping, so that it is the same with and without."""
+    norms = [read_log(train_in_process(tmp_path, data=shard_folder, grad_clip=clip, max_steps=1)[1], "train")[0]["norm"]
+             for clip in (0, 1e-3)]
+    assert norms[0] == norms[1] > 0.1
+
+
+def test_validation_is_the_same_at_any_batch_and_counts_each_token_once(shard_folder):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_(std=0.5)
+    cpu, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    windows = DataLoaderLite(shard_folder, "val", 43, 16, shuffle=False)
+    assert windows.n_windows == 43
+    x, y = (t.long() for t in windows.next_batch())
+    by_window = torch.stack([model(x[i:i + 1], y[i:i + 1])[1] for i in range(43)]).double()
+    for val_tokens, counted in ((16 * 43, 43), (10**9, 43), (320, 20), (325, 20), (1, 1)):
+        for B in (1, 3, 20, 64):
+            loader = DataLoaderLite(shard_folder, "val", B, 16, shuffle=False)
+            loss = evaluate_val_loss(model, loader, val_tokens, autocast, cpu)
+            assert loss == pytest.approx(by_window[:counted].mean().item(), abs=1e-5)
+
+
+def test_training_reduces_the_loss_to_that_of_the_data(tmp_path):
+    """Tokens that repeat with period 7 can be learned by heart; the loss must get there, with either optimizer."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.save(folder / f"x_{split}.npy", np.tile(np.arange(7, dtype=np.uint16), 300))
+    for optimizer in ("adamw", "muon"):
+        loss, _ = train_in_process(tmp_path, data=folder, optimizer=optimizer, max_steps=60, val_every=0, n_embd=64)
+        assert loss < 0.3
+
+
+def test_max_steps_0_evaluates_and_touches_no_training_log(shard_folder, tmp_path):
+    loss, out = train_in_process(tmp_path, data=shard_folder)
+    before = (out / "log.jsonl").read_bytes()
+    config = parse_args(flags(data=shard_folder, out_dir=out, max_steps=0))
+    assert train_gpt2.main(config) == loss  # the newest checkpoint's
+    fresh = train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path / "fresh", max_steps=0)))
+    assert abs(fresh - np.log(50304)) < 0.1
+    assert (out / "log.jsonl").read_bytes() == before
+    assert [json.loads(line)["loss"] for line in open(out / "eval.jsonl") if '"val"' in line] == [loss]
+    assert not list((tmp_path / "fresh").glob("*.pt"))
+
+
+def test_init_from_a_transformers_folder_and_from_a_checkpoint(shard_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32))
+    theirs.eval().save_pretrained(tmp_path / "hf")
+    x, y = (t.long() for t in DataLoaderLite(shard_folder, "val", 43, 16, shuffle=False).next_batch())
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    loss, _ = train_in_process(tmp_path, data=shard_folder, init_from=tmp_path / "hf", max_steps=0, val_tokens=10**6)
+    assert loss == pytest.approx(expected, abs=1e-4)
+    tuned, out = train_in_process(tmp_path, data=shard_folder, init_from=tmp_path / "hf", val_tokens=10**6)
+    assert train_gpt2.load_model(out).config.vocab_size == 50257  # imported models are not padded
+    loss, _ = train_in_process(tmp_path, data=shard_folder, init_from=out / "model_000006.pt", max_steps=0,
+                               val_tokens=10**6)
+    assert loss == pytest.approx(tuned, abs=1e-6)
+
+
+class PoisonedLoss(torch.autograd.Function):
+    """The loss as it is, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shard_folder, tmp_path, monkeypatch):
+    original, calls = train_gpt2.batch_loss, []
+
+    def poisoned(model, x, y, autocast):
+        loss = original(model, x, y, autocast)
+        if loss.requires_grad:
+            calls.append(loss)
+            if len(calls) in poisoned_calls:
+                return PoisonedLoss.apply(loss)
+        return loss
+
+    monkeypatch.setattr(train_gpt2, "batch_loss", poisoned)
+    poisoned_calls = {6}  # the second micro-step of step 3
+    changes = {"data": shard_folder, "optimizer": optimizer, "checkpoint_every": 1, "keep_checkpoints": 9}
+    _, out = train_in_process(tmp_path, **changes)
+    before, after, next_one = (final_state(out, step)["model"] for step in (2, 3, 4))
+    torch.testing.assert_close(before, after, atol=0, rtol=0)
+    assert not torch.equal(after["lm_head.weight"], next_one["lm_head.weight"])
+    assert [line["step"] for line in read_log(out, "train") if line.get("skipped")] == [3]
+    assert read_log(out, "train")[2]["norm"] is None
+
+    calls.clear()
+    poisoned_calls = set(range(3, 100))  # from step 2 on
+    with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 6 "):
+        train_in_process(tmp_path, **{**changes, "max_steps": 20})
+
+
+def test_the_micro_batch_that_fits_and_the_arithmetic_behind_it():
+    GiB = 2**30
+    assert train_gpt2.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 40 * GiB) == (36 - 1 - 2) // 2
+    assert train_gpt2.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 4 * GiB) <= 0
+    cpu = torch.device("cpu")
+    for total, T, expected in ((524288, 1024, 2), (512, 128, 4), (96 * 64, 64, 32), (90 * 64, 64, 30), (4096, 4096, 1)):
+        config = TrainConfig(total_batch_size=total, sequence_length=T)
+        assert train_gpt2.pick_micro_batch_size(None, config, cpu, None, 1) == expected
+
+
+def test_without_shards_the_demo_lies_under_the_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_args([])
+    assert config == TrainConfig(**{**DEMO, "data": str(ROOT / "input.txt")})
+    assert parse_args(["--max_lr", "0.5", "--seed", "3"]).max_lr == 0.5
+    assert parse_args(["--max_lr", "0.5"]).model == "demo"
+    (tmp_path / "input.txt").write_text("mine")
+    assert parse_args([]).data == "input.txt"
+    write_shards(tmp_path / "edu_fineweb10B")
+    assert parse_args([]) == TrainConfig()
+    assert parse_args(["--data", "input.txt"]).model == "demo"
+
+
+def test_the_defaults_are_the_experiment():
+    config = TrainConfig()
+    assert (config.model, config.max_steps, config.total_batch_size) == ("gpt2", 19073, 524288)
+    assert config.sequence_length == 1024
+    assert (config.max_lr, config.min_lr, config.warmup_steps, config.weight_decay) == (6e-4, 6e-5, 715, 0.1)
+    assert (config.grad_clip, config.val_tokens, config.optimizer, config.compile) == (1.0, 10485760, "adamw", None)
+
+
+def test_help_names_every_field_with_its_default():
+    result = run(["--help"], COLUMNS="500")
+    assert result.returncode == 0
+    texts = re.split(r"^  (?=-)", result.stdout, flags=re.MULTILINE)
+    for field in dataclasses.fields(TrainConfig):
+        text = " ".join(next(text for text in texts if text.startswith(f"--{field.name}")).split())
+        assert len(text.split()) > 4  # more than the name
+        if field.default not in (None, ""):
+            assert f"(default: {field.default})" in text
+
+
+@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "runlog", "machine", "shards", "tokenizer"])
+def test_importing_is_silent_and_leaves_nothing(module, tmp_path):
+    result = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_shards_needs_torch_and_numpy_alone(shard_folder, tmp_path):
+    """The other packages are hidden; the run goes on, and says of the sample that there is none."""
+    script = tmp_path / "hide.py"
+    script.write_text("import sys\nfor name in ('tiktoken', 'safetensors', 'huggingface_hub', 'transformers'):\n"
+                      "    sys.modules[name] = None\nimport train_gpt2\n"
+                      "train_gpt2.main(train_gpt2.parse_args(sys.argv[1:]))\n")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", sample_every=6), script=script)
+    assert result.returncode == 0, result.stderr
+    assert "no sample" in result.stdout and "finished" in result.stdout
+
+
+def test_out_of_memory_names_half_of_b(shard_folder, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_gpt2, "read_on_host", full)
+    with pytest.raises(UserError, match="--micro_batch_size 2, it goes on"):
+        train_in_process(tmp_path, data=shard_folder)

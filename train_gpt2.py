@@ -1,0 +1,752 @@
+"""GPT-2 (124M) from scratch, aiming at OpenAI's own 3.29 nats on FineWeb-Edu in 19,073 steps of 524,288 tokens.
+
+    python train_gpt2.py                                      # one GPU; without token shards, a demo for two CPU cores
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # eight GPUs, the same experiment
+    python train_gpt2.py --help                               # every number below is a flag
+
+The same command again resumes. In reading order:
+
+    1 configuration          5 processes and devices
+    2 model                  6 evaluation and sampling
+    3 data                   7 checkpoints
+    4 optimizer, schedule    8 training
+
+Shapes: B batch, T time, C channels, nh heads, hs head size (C = nh * hs), V vocabulary.
+"""
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import machine
+import runlog
+import shards
+from runlog import UserError, print0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration. One dataclass holds every number of the experiment; a field is a flag, its comment the flag's help.
+# ---------------------------------------------------------------------------------------------------------------------
+
+VOCAB_SIZE = 50257  # tokens of the GPT-2 encoding: 50,000 merges, 256 bytes, <|endoftext|>
+PADDED_VOCAB_SIZE = 50304  # what fresh models get: a multiple of 128 makes the largest matrix product faster
+
+MODELS = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    "demo": dict(n_layer=3, n_head=2, n_embd=64),  # 3M
+}
+
+
+@dataclass
+class TrainConfig:
+    """One training run. The defaults reproduce GPT-2 124M; UserError for a value out of its range."""
+
+    data: str = "edu_fineweb10B"  # folder of token shards (.npy, .bin), or a text file
+    model: str = "gpt2"  # shape of a fresh model: gpt2, gpt2-medium, gpt2-large, gpt2-xl or demo
+    n_layer: int = 0  # blocks (0: the model's)
+    n_head: int = 0  # attention heads a block (0: the model's)
+    n_embd: int = 0  # channels (0: the model's)
+    init_from: str = ""  # first weights: OpenAI's gpt2 ... gpt2-xl, a transformers folder, a checkpoint (empty: fresh)
+    out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
+    seed: int = 1337  # of the first weights and the order of the data
+    total_batch_size: int = 524288  # tokens an optimizer step, all ranks together
+    micro_batch_size: int = 0  # windows a forward pass, per rank (0: as many as fit)
+    sequence_length: int = 1024  # tokens a window
+    max_steps: int = 19073  # optimizer steps (0: only evaluate)
+    warmup_steps: int = 715  # steps of linear warm-up
+    max_lr: float = 6e-4  # learning rate after the warm-up
+    min_lr: float = 6e-5  # learning rate at the end of the cosine
+    weight_decay: float = 0.1  # on tensors of two or more dimensions
+    grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
+    optimizer: str = "adamw"  # adamw, or muon: Muon on the blocks' matrices and AdamW on the rest
+    shuffle: bool = True  # a new order of the windows each epoch, instead of file order
+    val_every: int = 250  # steps between validations (0: only before the first step and after the last)
+    val_tokens: int = 10485760  # tokens a validation, at most
+    sample_every: int = 250  # steps between samples (0: never)
+    sample_prompt: str = "Hello, I'm a language model,"  # what the samples continue
+    checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
+    keep_checkpoints: int = 2  # newest checkpoints that stay on disk
+    compile: bool | None = None  # torch.compile (default: where a compiler is found and the run is long enough)
+    deterministic: bool = False  # bit-identical reruns on CUDA too, slower
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+
+    def __post_init__(self):
+        def require(true: bool, name: str, what: str) -> None:
+            if not true:
+                raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
+
+        for field in dataclasses.fields(self):
+            if field.type in (int, float):
+                least = field.name in ("total_batch_size", "sequence_length", "val_tokens", "keep_checkpoints")
+                require(least <= getattr(self, field.name) < math.inf, field.name, f"{least:d} or more")  # nan is not
+        require(self.seed < 2**32, "seed", "below 2**32")
+        require(self.model in MODELS, "model", "one of " + ", ".join(MODELS))
+        require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
+        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
+        require(self.min_lr <= self.max_lr, "min_lr", f"at most max_lr, {self.max_lr}")
+        require(self.out_dir != "", "out_dir", "the name of a folder")
+
+
+# What changes where the data is a text file: sized for two CPU cores without bf16, and a fixed number of steps, so that
+# the result does not depend on the machine. Validation losses measured on input.txt, in about the same time: AdamW, 96
+# channels, T=128, 512 tokens a step, 330 steps 5.24; Muon 240 steps 4.89; with T=64, 1,024 tokens, 130 steps 4.83; with
+# 64 channels, 150 steps at lr 2e-2 4.88, at 3e-2 4.84 and half the time a step where Muon's bf16 products are slow.
+DEMO = dict(
+    data="input.txt", model="demo", out_dir="log/demo", total_batch_size=1024, sequence_length=64, max_steps=180,
+    warmup_steps=20, max_lr=3e-2, min_lr=0.0, weight_decay=0.0, optimizer="muon", val_every=60, sample_every=60,
+    sample_prompt="The old woman", checkpoint_every=60, compile=False, dtype="float32",
+)
+
+
+def parse_args(argv: list[str]) -> TrainConfig:
+    """Flags -> TrainConfig; a text file as data lays DEMO under the flags. UserError for a wrong flag or value."""
+    flags = runlog.parse_flags(TrainConfig, argv, "Train GPT-2. The same command again resumes.")
+    if "data" not in flags and not Path(TrainConfig.data).exists():
+        built_in = (Path("input.txt"), Path(__file__).with_name("input.txt"))
+        flags["data"] = next((str(path) for path in built_in if path.exists()), TrainConfig.data)
+    return TrainConfig(**{**(DEMO if Path(flags.get("data", TrainConfig.data)).is_file() else {}), **flags})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Model. GPT-2 as released: pre-norm, learned positions, tanh GELU, biases, one matrix for embedding and output.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class GPTConfig:
+    """Shape of a model; the defaults are GPT-2 124M."""
+
+    block_size: int = 1024  # positions
+    vocab_size: int = 50257  # rows of the embedding
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self):
+        if min(asdict(self).values()) < 1 or self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, and all sizes positive")
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        mask = None
+        if cache is not None:
+            if cache:  # earlier positions come first
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, nh, past + T, hs)
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, past + T)
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # by way of (B, T, 4C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy and added to the residual stream, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019). State-dict keys are those of the released checkpoints, matrices in Linear layout."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every weight from PyTorch's global generator.
+
+        | weights                        | drawn                                                              |
+        |--------------------------------|--------------------------------------------------------------------|
+        | LayerNorm                      | ones                                                               |
+        | biases                         | zeros                                                              |
+        | c_proj (ends a residual path)  | normal, std 0.02 / sqrt(2 * n_layer): two paths a block are summed |
+        | all others, embeddings too     | normal, std 0.02                                                   |
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith(".bias"):
+                weight.zero_()
+            elif ".ln_" in name:
+                weight.fill_(1.0)
+            else:
+                residual = name.endswith(".c_proj.weight")
+                weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> (logits (B, T, V), loss); loss is the mean cross-entropy in nats, None without `targets`.
+
+        In training mode with targets the logits are None, to save their memory. `cache`, from make_cache(), holds the
+        keys and values of the positions before idx; this call adds its own.
+        """
+        past = cache[0][0].size(2) if cache and cache[0] else 0
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} positions, but the model has {self.config.block_size}")
+        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache is not None else None)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+        return None if self.training else logits, loss
+
+    def make_cache(self) -> list[list]:
+        """An empty key/value cache for `forward`: per block a list that comes to hold [k, v], each (B, nh, T, hs)."""
+        return [[] for _ in self.transformer.h]
+
+    def count_parameters(self) -> int:
+        """Number of weights, the shared embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """Operations a training token costs: 6N + 12*L*C*T, N without positions (Chowdhery et al. 2022, appendix B)."""
+        N = self.count_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder) -> "GPT":
+        """OpenAI's model of that name, downloaded, or the one in a folder that transformers has written.
+
+        OSError where there is none or where it is no GPT-2, UserError where weights and config.json do not fit.
+        """
+        return model_with(*checkpoint.read_transformers(name_or_folder), name_or_folder)
+
+
+def model_with(shape: dict, weights: dict, source) -> GPT:
+    """The model of that shape with those weights; UserError, naming `source`, where they do not fit together."""
+    try:
+        model = GPT(GPTConfig(**shape))
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"the weights in {source} are not those of its configuration: {error!s:.300}") from error
+    return model
+
+
+def load_model(source, device="cpu") -> GPT:
+    """A run folder (its newest whole checkpoint), a .pt file, a transformers folder or an OpenAI name -> GPT."""
+    path = Path(source)
+    if path.suffix != ".pt" and (not path.is_dir() or (path / "config.json").exists()):
+        return GPT.from_pretrained(source).to(device)
+    state = checkpoint.load(path) if path.suffix == ".pt" else checkpoint.newest(path, print0)[1]
+    if state is None:
+        raise UserError(f"{source} holds neither a checkpoint nor a transformers model")
+    return model_with(state["model_config"], state["model"], source).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Data. Shards of uint16 tokens, memory-mapped; window w of T tokens predicts the T tokens one further on.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class DataLoaderLite:
+    """Batches of windows in an order that depends on the seed and the epoch alone, not on B or on the number of ranks.
+
+    A shard of n tokens holds (n-1)//T windows, numbered through the shards in file-name order. `position`, the same on
+    every rank, counts the windows consumed so far: it is all there is to save.
+    """
+
+    def __init__(self, data, split, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=VOCAB_SIZE):
+        self.B, self.T, self.rank, self.world_size, self.vocab_size = B, T, rank, world_size, vocab_size
+        self.seed, self.shuffle = seed, shuffle
+        self.names, self.shards = zip(*shards.open_tokens(data, split, shuffle))
+        self.ends = np.cumsum([max(0, len(shard) - 1) // T for shard in self.shards])  # windows up to each shard's end
+        self.n_windows = int(self.ends[-1])
+        if self.n_windows == 0:
+            raise UserError(f"the {split} split of {str(data)!r} is shorter than one window of {T} + 1 tokens: "
+                            "take more data or a smaller --sequence_length")
+        for name, shard in zip(self.names, self.shards):
+            for start in (0, len(shard) // 2, max(0, len(shard) - 1024)):  # a sample: reading all would take minutes
+                self._check(shard[start:start + 1024], name)
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)  # a batch can straddle two epochs
+        self.reset()
+
+    def _check(self, tokens, name) -> None:
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise UserError(f"shard {name} holds the token {tokens.max()}, the vocabulary ends at "
+                            f"{self.vocab_size - 1}: prepare it again with the GPT-2 encoding")
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """The windows in the order of `epoch`, from the one generator whose streams NumPy has frozen for good."""
+        return np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
+
+    def _window(self, index: int) -> np.ndarray:
+        """The T+1 tokens of the `index`-th window since the start of training."""
+        epoch, window = divmod(index, self.n_windows)
+        if self.shuffle:
+            window = self._order(epoch)[window]
+        shard = int(np.searchsorted(self.ends, window, side="right"))
+        start = int(window - (self.ends[shard - 1] if shard else 0)) * self.T
+        tokens = self.shards[shard][start:start + self.T + 1]
+        self._check(tokens, self.names[shard])
+        return tokens
+
+    def next_batch(self):
+        """(x, y), uint16 tensors of shape (B, T) on the CPU: windows position + rank*B and the B-1 after it."""
+        first = self.position + self.rank * self.B
+        windows = np.stack([self._window(first + i) for i in range(self.B)])  # (B, T+1)
+        self.position += self.world_size * self.B
+        x, y = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # (B, T) each
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def reset(self) -> None:
+        """Start again at the first window."""
+        self.position = 0
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def to_device(batch, device):
+    """(x, y) uint16 on the CPU -> int64 on the device. CUDA copies while it computes and widens there."""
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True).long() for t in batch)
+    return tuple(t.long().to(device) for t in batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Optimizer and schedule. AdamW with decay on matrices, or Muon on the blocks'; linear warm-up, then a cosine.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class OptimizerPair:
+    """Two optimizers, each with parameters of its own, behind the interface of one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self):
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state):
+        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
+
+
+def configure_optimizer(model: GPT, config: TrainConfig, device: torch.device):
+    """AdamW (0.9, 0.95) on everything, or Muon on the 2-D weights of the blocks and AdamW on the rest.
+
+    Decay falls on tensors of two or more dimensions only. Muon's updates are scaled to the size of AdamW's
+    (Liu et al. 2025), so that one learning rate serves both.
+    """
+    muon = {name: p for name, p in model.named_parameters()
+            if config.optimizer == "muon" and ".h." in name and p.dim() == 2}
+    rest = [p for name, p in model.named_parameters() if name not in muon]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    if not muon:
+        return adamw
+    return OptimizerPair(adamw, torch.optim.Muon(muon.values(), lr=config.max_lr, weight_decay=config.weight_decay,
+                                                 momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """Learning rate of the step that follows `step` finished ones: linear warm-up, then a cosine down to min_lr."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    if step >= config.max_steps:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Processes and devices. One process a GPU under torchrun, one alone otherwise; memory decides B, never the result.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def processes(config: TrainConfig):
+    """Join torchrun's process group, where there is one, while the context lasts; gives rank, world_size, device."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
+    rank, local_rank, world_size = (
+        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = machine.pick_device(config.device, local_rank, world_size)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world_size, device
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def pick_micro_batch_size(model: GPT, config: TrainConfig, device, autocast, world_size: int) -> int:
+    """B: the largest divisor of a rank's windows a step that fits, the same on every rank.
+
+    CUDA: the peak of the plain model at B=1 and B=2, extrapolated to 90 % of the free memory, with room for gradients
+    and two optimizer moments. Elsewhere: at most 2,048 tokens, as more gain nothing on a CPU.
+    """
+    T, fits = config.sequence_length, max(1, 2048 // config.sequence_length)
+    if device.type == "cuda":
+        peaks = []
+        for B in (1, 2):
+            torch.cuda.reset_peak_memory_stats(device)
+            idx = torch.zeros(B, T, dtype=torch.int64, device=device)  # (B, T)
+            batch_loss(model, idx, idx, autocast).backward()
+            peaks.append(torch.cuda.max_memory_allocated(device))
+            model.zero_grad(set_to_none=True)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        fits = fitting_windows(peaks, 12 * model.count_parameters(), free)
+        torch.cuda.empty_cache()
+    if world_size > 1:
+        smallest = torch.tensor(fits, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        fits = int(smallest)
+    if fits < 1:
+        raise UserError(f"not one window of {T} tokens fits on {device}: take a smaller --model or --sequence_length")
+    windows = config.total_batch_size // T // world_size
+    return max(B for B in range(1, windows + 1) if windows % B == 0 and B <= fits)
+
+
+def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
+    """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
+    per_window = peaks[1] - peaks[0]
+    return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
+
+
+def count_micro_steps(config: TrainConfig, world_size: int) -> int:
+    """Micro-steps an optimizer step (at B=1 while B is open); UserError names the nearest sizes where none is whole."""
+    unit = max(1, config.micro_batch_size) * config.sequence_length * world_size
+    if config.total_batch_size % unit:
+        below = config.total_batch_size // unit * unit
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch_size x "
+                        f"sequence_length x ranks = {unit}: take {f'{below} or ' if below else ''}{below + unit}")
+    return config.total_batch_size // unit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Evaluation and sampling. Validation reads the same tokens at any B and number of ranks; samples use a fixed seed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def batch_loss(model, x, y, autocast):
+    """Mean cross-entropy of one batch in nats, x and y (B, T) -> ()."""
+    with autocast:
+        return model(x, y)[1]
+
+
+@torch.no_grad()
+def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, device) -> float:
+    """Mean loss in nats over the first min(val_tokens, all) tokens of the split, in whole windows and at least one."""
+    loader.reset()
+    n_windows = max(1, min(val_tokens // loader.T, loader.n_windows))
+    losses = [torch.zeros((), device=device)]
+    for first in range(loader.rank * loader.B, n_windows, loader.world_size * loader.B):
+        x, y = to_device(loader.next_batch(), device)
+        counted = min(loader.B, n_windows - first)
+        y[counted:] = -100  # cross_entropy leaves these out: the last batch keeps its shape and nothing counts twice
+        losses.append(counted * batch_loss(model, x, y, autocast))  # no dropout: training mode only saves the logits
+    total = torch.stack(losses).double().sum() if device.type != "mps" else torch.stack(losses).sum()
+    if loader.world_size > 1:
+        dist.all_reduce(total)
+    return float(total) / n_windows
+
+
+@torch.no_grad()
+def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None):
+    """Continue idx (B, T) by sampling from the top_k likeliest tokens (None: from all) -> (B, T + max_new_tokens).
+
+    temperature 0 takes the likeliest token. Past block_size the window slides. Never an id >= 50,257.
+    """
+    was_training, cache = model.training, model.make_cache()
+    model.eval()
+    for _ in range(max_new_tokens):
+        if idx.size(1) > model.config.block_size:  # all positions have shifted, so cached keys and values are stale
+            logits, _ = model(idx[:, -model.config.block_size:])  # (B, block_size, V)
+        else:
+            logits, _ = model(idx[:, cache[0][0].size(2):] if cache[0] else idx, cache=cache)  # (B, new, V)
+        logits = logits[:, -1, :VOCAB_SIZE].float()  # (B, V)
+        likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each
+        if temperature == 0:
+            next_id = ids[:, :1]  # (B, 1)
+        else:
+            choice = torch.multinomial(F.softmax(likeliest / temperature, dim=-1), 1, generator=generator)  # (B, 1)
+            next_id = ids.gather(1, choice)  # (B, 1)
+        idx = torch.cat((idx, next_id), dim=1)
+    model.train(was_training)
+    return idx
+
+
+def sample_text(model: GPT, prompt: str, autocast, device) -> str:
+    """What the model makes of the prompt in 32 tokens, the same draw each time; a note where it cannot be told."""
+    try:
+        from tokenizer import gpt2_encoding
+        encoding = gpt2_encoding()
+    except (ImportError, OSError) as error:
+        return f"(no sample: {error})"
+    if model.config.vocab_size < VOCAB_SIZE:
+        return f"(no sample: the model has only {model.config.vocab_size} of GPT-2's tokens)"
+    idx = torch.tensor([encoding.encode_ordinary(prompt or "\n")], device=device)  # (1, T)
+    with autocast:
+        ids = generate(model, idx, 32, generator=torch.Generator(device).manual_seed(42))  # (1, T + 32)
+    return encoding.decode(ids[0].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Checkpoints. A run found in out_dir goes on exactly where it stopped; how files are kept whole is in checkpoint.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# what may differ when a run is resumed; anything else would make it another experiment
+FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "sample_every",
+                  "checkpoint_every"}
+
+
+def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
+    """The newest whole state in out_dir: rank 0 chooses the file, every rank reads it."""
+    path, state = checkpoint.newest(config.out_dir, print0) if rank == 0 else (None, None)
+    if path is None and rank == 0 and checkpoint.listing(config.out_dir):
+        raise UserError(f"no checkpoint in {config.out_dir} is whole: delete them to start afresh, or change --out_dir")
+    if world_size > 1:
+        name = [str(path) if path else None]
+        dist.broadcast_object_list(name, src=0)
+        state = checkpoint.load(name[0]) if rank > 0 and name[0] else state
+    return state
+
+
+def adopt_choices(config: TrainConfig, stored: dict, world_size: int) -> None:
+    """Check that `config` continues the run of `stored`; take over what it leaves open: dtype, B and compile."""
+    config.dtype = stored.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+    for name, value in asdict(config).items():
+        if name not in FREE_TO_CHANGE and stored.get(name, value) != value:
+            raise UserError(f"the run in {config.out_dir} has --{name} {stored[name]}, not {value}: go on with that, "
+                            "or choose another --out_dir for a new run")
+    if stored.get("world_size") == world_size:
+        config.micro_batch_size = config.micro_batch_size or stored["micro_batch_size"]
+        config.compile = stored["compile"] if config.compile is None else config.compile
+
+
+def build_model(config: TrainConfig, state: dict | None) -> GPT:
+    """The model a run starts from: the checkpoint's, else the one to import, else one with fresh weights."""
+    if state:
+        model = model_with(state["model_config"], state["model"], config.out_dir)
+    elif config.init_from:
+        model = load_model(config.init_from)
+    else:
+        shape = {name: getattr(config, name) or value for name, value in MODELS[config.model].items()}
+        model = GPT(GPTConfig(block_size=config.sequence_length, vocab_size=PADDED_VOCAB_SIZE, **shape))
+    if config.sequence_length > model.config.block_size:
+        raise UserError(f"--sequence_length {config.sequence_length} is more than the model's "
+                        f"{model.config.block_size} positions")
+    return model
+
+
+def save_checkpoint(config: TrainConfig, rank: int, world_size: int, raw_model, optimizer, step: int, val_loss: float):
+    """Write the state after `step` steps, on rank 0; where the disk is full, warn and go on with the last good one."""
+    if rank > 0:
+        return
+    try:
+        checkpoint.save(config.out_dir, step, {
+            "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+            "model_config": asdict(raw_model.config), "train_config": {**asdict(config), "world_size": world_size},
+            "step": step, "position": step * (config.total_batch_size // config.sequence_length), "val_loss": val_loss})
+        checkpoint.prune(config.out_dir, config.keep_checkpoints)
+    except OSError as error:
+        print0(f"warning: {error}; the checkpoints before it stay")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training. main() holds what must be given back at the end; train() sets up and loops.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(config: TrainConfig) -> float:
+    """Train as `config` says, resuming what out_dir holds; returns the last validation loss in nats a token.
+
+    max_steps 0 only evaluates. UserError or OSError for what the user can mend, FloatingPointError for a run that
+    diverged: five steps in a row without a finite loss and gradient.
+    """
+    config = dataclasses.replace(config)  # choices made below are written into this copy
+    with processes(config) as (rank, world_size, device), runlog.stop_signal() as stop:
+        with checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext():
+            try:
+                return train(config, rank, world_size, device, stop)
+            except torch.OutOfMemoryError as error:
+                B = config.micro_batch_size
+                raise UserError(f"out of memory with --micro_batch_size {B}: run the same command with "
+                                f"--micro_batch_size {max(1, B // 2)}, it goes on from the last checkpoint") from error
+
+
+def train(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: threading.Event) -> float:
+    """One rank's part of the run, from what is on disk to the last step or the first signal; see main()."""
+    # what to go on from
+    count_micro_steps(config, world_size)
+    state = find_checkpoint(config, rank, world_size) if config.max_steps or not config.init_from else None
+    resumed = state if config.max_steps else None  # evaluation alone resumes nothing
+    if resumed:
+        adopt_choices(config, resumed["train_config"], world_size)
+    torch.manual_seed(config.seed)
+    raw_model = build_model(config, state).to(device)
+    start_step, val_loss = (resumed["step"], resumed["val_loss"]) if resumed else (0, math.nan)
+
+    # precision and batch
+    dtype, why_dtype = machine.pick_dtype(config.dtype, device)
+    config.dtype = str(dtype).removeprefix("torch.")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if not config.micro_batch_size:
+        config.micro_batch_size = pick_micro_batch_size(raw_model, config, device, autocast, world_size)
+    grad_accum_steps = count_micro_steps(config, world_size)
+
+    # data
+    loader = functools.partial(
+        DataLoaderLite, config.data, B=config.micro_batch_size, T=config.sequence_length, rank=rank,
+        world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
+    train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
+
+    # speed: raw_model is the plain module, model what is compiled and wrapped
+    flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size
+    peak = machine.peak_flops(device, dtype) * world_size
+    seconds = (config.max_steps - start_step) * flops_per_step / (0.4 * peak)  # a run at 40 % of the peak
+    config.compile, why_compile = machine.pick_compile(config.compile, device, seconds)
+    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)
+    optimizer = configure_optimizer(raw_model, config, device)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        train_loader.load_state_dict({"position": resumed["position"]})
+
+    runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
+                      why_dtype, why_compile, start_step if resumed else None)
+    log0 = runlog.RunLog(config, rank, start_step if resumed else -1, flops_per_step, peak)
+    log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device))
+    save = functools.partial(save_checkpoint, config, rank, world_size, raw_model, optimizer)
+    seen, stopping = start_step if resumed else -1, False  # the evaluation of step `seen` stands in the log already
+    x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
+
+    for step in range(start_step, config.max_steps + 1):
+        last_step = step == config.max_steps
+        if step > seen and (step == 0 or last_step or due(step, config.val_every)):
+            val_loss = evaluate_val_loss(model, val_loader, config.val_tokens, autocast, device)
+            log0.val(step, val_loss)
+        if step > seen and config.sample_every and (last_step or due(step, config.sample_every)):
+            log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
+        if step > start_step and (last_step or due(step, config.checkpoint_every)):
+            log0.sync()
+            save(step, val_loss)
+        if last_step:
+            break
+
+        # the optimizer step
+        t0 = time.perf_counter()
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            if stop.is_set() and world_size == 1:
+                break  # what is left of this step would be dropped anyway
+            sync = world_size == 1 or micro_step == grad_accum_steps - 1  # ranks add up their gradients once a step
+            with contextlib.nullcontext() if sync else model.no_sync():
+                loss = batch_loss(model, x, y, autocast) / grad_accum_steps
+                loss.backward()
+            loss_sum += loss.detach()
+            x, y = to_device(train_loader.next_batch(), device)  # read while the device still computes
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        loss, norm, stopping = read_on_host(loss_sum, norm, stop, world_size)
+        if stopping:
+            log0.sync()
+            save(step, val_loss)
+            break
+        lr = get_lr(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:  # else this step changes no weight on any rank
+            optimizer.step()
+        raw_model.zero_grad(set_to_none=True)
+
+        # diagnostics only from here on
+        log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite)
+    log0.end(step, val_loss, stopping)
+    return val_loss
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def read_on_host(loss, norm, stop: threading.Event, world_size: int) -> tuple[float, float, bool]:
+    """(mean loss, gradient norm, whether any rank was told to stop): the step's one wait for the device."""
+    values = torch.stack((loss, norm.to(loss), torch.full_like(loss, stop.is_set())))  # (3,)
+    if world_size > 1:
+        dist.all_reduce(values)
+    loss, norm, stopping = (values / world_size).tolist()
+    return loss, norm, stopping > 0
+
+
+if __name__ == "__main__":
+    runlog.run_command(lambda: main(parse_args(sys.argv[1:])))
