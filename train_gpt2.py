@@ -56,7 +56,6 @@ MODELS = {
 @dataclass
 class TrainConfig:
     """One training run. The defaults reproduce GPT-2 124M; UserError for a value out of its range."""
-
     data: str = "edu_fineweb10B"  # folder of token shards (.npy, .bin), or a text file
     model: str = "gpt2"  # shape of a fresh model: gpt2, gpt2-medium, gpt2-large, gpt2-xl or demo
     n_layer: int = 0  # blocks (0: the model's)
@@ -131,7 +130,6 @@ def parse_args(argv: list[str]) -> TrainConfig:
 @dataclass
 class GPTConfig:
     """Shape of a model; the defaults are GPT-2 124M."""
-
     block_size: int = 1024  # positions
     vocab_size: int = 50257  # rows of the embedding
     n_layer: int = 12
@@ -442,6 +440,8 @@ def processes(config: TrainConfig):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield rank, world_size, device
+        if world_size > 1:
+            dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -674,8 +674,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     config.compile, why_compile = machine.pick_compile(config.compile, device, seconds)
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -688,7 +687,6 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     save = functools.partial(save_checkpoint, config, rank, world_size, raw_model, optimizer)
     seen, stopping = start_step if resumed else -1, False  # the evaluation of step `seen` stands in the log already
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
-
     for step in range(start_step, config.max_steps + 1):
         last_step = step == config.max_steps
         if step > seen and (step == 0 or last_step or due(step, config.val_every)):
