@@ -37,7 +37,7 @@ def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype of the matrix products, why): bfloat16 autocast only where the hardware multiplies it natively."""
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        return getattr(torch, name), "as configured"
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in every version
     if ((device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
             or features.get("avx512_bf16") or features.get("amx_bf16")):
@@ -48,7 +48,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 def pick_compile(wanted: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
     """(whether to compile, why) for a run of about `seconds` without; a compiler is tried, not guessed."""
     if wanted is False:
-        return False, "as asked"
+        return False, "as configured"
     if wanted is None and (device.type == "mps" or seconds < 600):
         return False, "on MPS" if device.type == "mps" else "the run is too short to repay it"
     try:
@@ -58,7 +58,7 @@ def pick_compile(wanted: bool | None, device: torch.device, seconds: float) -> t
             raise OSError(f"--compile finds no working compiler ({type(error).__name__}): install a C++ compiler and "
                             "Python's headers, or take --no-compile") from error
         return False, f"no working compiler ({type(error).__name__})"
-    return True, "as asked" if wanted else "the run is long enough to repay it"
+    return True, "as configured" if wanted else "the run is long enough to repay it"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
