@@ -3,7 +3,7 @@
     save(folder, step, state)   atomic: temporary file, fsync, rename, fsync of the folder
     newest(folder)              (path, state) of the newest whole checkpoint, or (None, None)
     load(path)                  the state of one checkpoint, verified; runs no code that a file might carry
-    prune(folder, keep)         deletes all but the newest
+    prune(folder, keep, step)   deletes all but the newest up to a step
     read_transformers(folder)   (shape, weights) of a GPT-2 in transformers' layout, or of OpenAI's by name
     lock(folder)                a context in which no other process can train into the folder
 
@@ -15,12 +15,17 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import filelock
 import torch
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_SETTINGS = {  # of transformers' config.json: with another value it is another model
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
+}
 KEYS = ("model", "optimizer", "model_config", "train_config", "step", "position", "val_loss")
 
 
@@ -45,8 +50,14 @@ def save(folder, step: int, state: dict) -> Path:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}".splitlines()[0]) from error
+        raise CheckpointError(f"cannot write {path}, is the disk full? Free space and run the same command again "
+                              f"({first_line(error)})") from error
     return path
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,6 +74,8 @@ def load(path) -> dict:
     """The state in the checkpoint `path`, tensors on the CPU; CheckpointError where it is not a whole checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):
+                raise zipfile.BadZipFile("its directory is damaged")  # torch.save sets neither, and testzip trusts both
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"checksum of {damaged} differs")
@@ -70,8 +83,8 @@ def load(path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except (OSError, RuntimeError, ValueError, EOFError, NotImplementedError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+            zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else KEYS
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: it lacks {', '.join(missing)}")
@@ -90,14 +103,22 @@ def newest(folder, report=print) -> tuple[Path, dict] | tuple[None, None]:
 
 def listing(folder) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    found = [(int(match[1]), path) for path in Path(folder).glob("model_*.pt")
-             if (match := re.fullmatch(r"model_(\d{6,})\.pt", path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in Path(folder).glob("model_*.pt") if re.fullmatch(r"model_\d{6,}", path.stem)),
+                  key=step_of)
 
 
-def prune(folder, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed writers left behind."""
-    for path in [*listing(folder)[:-keep], *Path(folder).glob("model_*.pt.tmp")]:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("model_"))
+
+
+def prune(folder, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, and what killed writers left behind.
+
+    `step` is the one just written: files of later steps are not counted, since they were damaged and passed over.
+    """
+    written = [path for path in listing(folder) if step_of(path) <= step]
+    for path in [*written[:-keep], *Path(folder).glob("model_*.pt.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -115,10 +136,13 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
         folder = download_openai(str(name_or_folder))
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if settings.get("activation_function", "gelu_new") != "gelu_new":
-            raise ValueError(f"activation_function is {settings['activation_function']!r}, GPT-2's is 'gelu_new'")
+        for key, value in GPT2_SETTINGS.items():
+            if settings.get(key, value) != value:
+                raise ValueError(f"{key} is {settings[key]!r}, GPT-2's is {value!r}")
         shape = {key: int(settings[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         shape["block_size"] = int(settings["n_positions"])
+        if settings.get("n_inner") not in (None, 4 * shape["n_embd"]):
+            raise ValueError(f"n_inner is {settings['n_inner']!r}, GPT-2's is 4 * n_embd")
         weights = {}
         for key, weight in load_file(folder / "model.safetensors").items():
             key = key.removeprefix("transformer.")
@@ -129,7 +153,7 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no GPT-2 in transformers' layout: "
-                              f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+                              f"{type(error).__name__}: {first_line(error)}") from error
     return shape, weights
 
 
@@ -143,8 +167,8 @@ def download_openai(name: str) -> Path:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the hub's client has dozens of errors for "no network"
         raise CheckpointError(
-            f"cannot download {name} from the Hugging Face hub ({type(error).__name__}): check the network, or name a "
-            "folder that holds its config.json and model.safetensors") from error
+            f"cannot download {name} from the Hugging Face hub: check the network, or name a folder that holds its "
+            f"config.json and model.safetensors ({type(error).__name__}: {first_line(error)})") from error
 
 
 @contextlib.contextmanager

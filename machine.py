@@ -3,6 +3,7 @@
     pick_device(name, local_rank, world_size)    the torch.device of this process
     pick_dtype(name, device)                     (dtype of the matrix products, why)
     pick_compile(wanted, device, seconds)        (whether to compile, why)
+    min_over_ranks(value, device, world_size)    what all ranks can agree on
     peak_flops(device, dtype)                    the denominator of MFU
 """
 import re
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 # Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets; the first entry found in the device's name counts.
 PEAK_TFLOPS = {
@@ -23,14 +25,15 @@ PEAK_TFLOPS = {
 
 def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
     """The device of this process: `name`, or the best there is; OSError where it is not there."""
-    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available() and world_size == 1)}  # gloo cannot add up MPS tensors
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     kind, _, index = name.partition(":")
     index = int(index) if index.isdecimal() and world_size == 1 else local_rank if kind == "cuda" else 0
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or (kind != "cpu" and index >= there[kind]):
-        raise OSError(f"--device {name} (number {index}) is not there: this machine has {there['cuda']} CUDA and "
-                        f"{there['mps']} MPS devices for PyTorch; start fewer processes, or try --device cpu")
+        raise OSError(f"no device {name!r} for process {local_rank}: --device takes auto, cpu, cuda, cuda:N or mps; "
+                      f"this machine has {there['cuda']} CUDA and {there['mps']} MPS devices for PyTorch")
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
@@ -38,7 +41,9 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype of the matrix products, why): bfloat16 autocast only where the hardware multiplies it natively."""
     if name != "auto":
         return getattr(torch, name), "as configured"
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in every version
+    features = {}
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in every version
+        features = torch.cpu.get_capabilities()
     if ((device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
             or features.get("avx512_bf16") or features.get("amx_bf16")):
         return torch.bfloat16, "autocast, native on this hardware"
@@ -70,7 +75,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return tflops * 1e12 * (1 if dtype == torch.bfloat16 else 0.5)
     size = 8192 if device.type == "cuda" else 1536
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -80,6 +85,33 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()  # reading a value waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
+
+
+def min_over_ranks(value: int, device, world_size: int) -> int:
+    """The smallest value any rank has: what all of them can agree on."""
+    smallest = torch.tensor(value, device=device)
+    if world_size > 1:
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
+    """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
+    per_window = max(1, peaks[1] - peaks[0])
+    return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; only CUDA has a type of its own for it."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
+def memory_remedy(micro_batch_size: int) -> str:
+    """What to do about memory that ran out, in one line."""
+    remedy = (f"--micro_batch_size {micro_batch_size // 2}" if micro_batch_size > 1 else
+              "a smaller --model or --sequence_length and another --out_dir")
+    return f"out of memory with --micro_batch_size {micro_batch_size}: run the same command with {remedy}"
 
 
 def describe_device(device: torch.device) -> str:

@@ -26,7 +26,9 @@ def run_command(main, *arguments):
 
     Bugs keep their traceback. FloatingPointError (a run that diverged) ends in one line and exit code 1.
     """
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    with contextlib.suppress(AttributeError):  # a sample may hold what an ASCII terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(*arguments)
     except (UserError, OSError) as error:
@@ -47,7 +49,7 @@ def parse_flags(cls, argv: list[str], description: str) -> dict:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
-        text = comments[field.name].replace("%", "%%")
+        text = comments.get(field.name, "").replace("%", "%%")
         if field.default is not None:
             text += f" (default: {field.default if field.default != '' else 'empty'})"
         if field.type in (bool, bool | None):
@@ -66,18 +68,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def stop_signal():
-    """An Event that SIGTERM or Ctrl-C sets, so that a step can end cleanly; a second signal ends the process."""
+    """An Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once."""
     stop = threading.Event()
 
     def handle(signum, frame):
         stop.set()
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not safe in a handler
+        with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
+            os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {signum: signal.signal(signum, handle) for signum in known
+              if signal.getsignal(signum) != signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
         yield stop
     finally:
@@ -88,21 +93,24 @@ def stop_signal():
 def print0(*values) -> None:
     """print, on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*values, flush=True)
+        try:
+            print(*values, flush=True)
+        except OSError:  # whoever read this has gone: training goes on, log.jsonl has it all
+            sys.stdout = open(os.devnull, "w")
 
 
-def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_steps, why_dtype, why_compile, step):
-    """The plan card: all that is about to run, before it runs. `step` is the step resumed from, None if fresh."""
+def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_steps, why_dtype, why_compile, origin,
+               resuming):
+    """The plan card: all that is about to run, before it runs. `origin` says where the weights come from."""
     B, T, ranks, shape = train_loader.B, train_loader.T, train_loader.world_size, model.config
     parameters = model.count_parameters()
-    origin = f"from {config.init_from}" if config.init_from else "fresh weights"
     lr = f"{config.optimizer}, lr {config.max_lr:g} -> {config.min_lr:g} after {config.warmup_steps:,} steps of warm-up"
     rows = {
         "device": device,
         "dtype": f"{config.dtype}: {why_dtype}",
         "compile": f"{'yes' if config.compile else 'no'}: {why_compile}",
         "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {shape.vocab_size:,} rows of "
-                 f"vocabulary: {parameters:,} parameters, {origin if step is None else 'resumed'}",
+                 f"vocabulary: {parameters:,} parameters, {origin}",
         "data": f"{config.data}: {train_loader.n_windows:,} windows of {T:,} tokens to train on, "
                 f"{val_loader.n_windows:,} to validate, {'shuffled' if config.shuffle else 'in file order'}",
         "batch": f"{config.total_batch_size:,} = {B} x {T:,} x {ranks} {plural(ranks, 'rank')} x {grad_accum_steps} "
@@ -110,7 +118,7 @@ def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_
         "schedule": f"{config.max_steps:,} steps, {config.max_steps * config.total_batch_size:,} tokens = "
                     f"{config.max_steps * config.total_batch_size / (train_loader.n_windows * T):.2f} epochs; {lr}",
         "memory": f"{16 * parameters / 2**20:,.0f} MiB for weights, gradients and optimizer",
-        "output": f"{config.out_dir}, {'a fresh run' if step is None else f'resumed after step {step:,}'}",
+        "output": f"{config.out_dir}, {f'resumed after {origin}' if resuming else 'a fresh run'}",
     }
     if not config.max_steps:
         rows = {topic: rows[topic] for topic in ("device", "dtype", "compile", "model", "data")}
@@ -140,8 +148,8 @@ class RunLog:
 
     def __init__(self, config, rank: int, step: int, flops_per_step: float, peak: float):
         self.config, self.rank, self.flops_per_step, self.peak = config, rank, flops_per_step, peak
-        self.started, self.bad_steps = time.perf_counter(), 0
-        self.seconds = None  # moving average of a step's time
+        self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
+        self.seconds = math.nan  # moving average of a step's time
         self.torn = False  # whether the last write stopped within a line
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
         if rank == 0:
@@ -152,15 +160,21 @@ class RunLog:
 
     def _drop_after(self, step: int) -> None:
         """Keep the lines up to and including `step`; a line torn by a crash goes too."""
+        if step < 0 and self.path.exists() and self.path.stat().st_size:
+            older = self.path.with_name(self.path.name + ".old")
+            print0(f"warning: {self.path} has no checkpoint to go on from: kept as {older}")
+            os.replace(self.path, older)
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
-                if step >= 0 and json.loads(line).get("step", step) <= step:
+                if json.loads(line).get("step", step) <= step:
                     kept.append(line + b"\n")
             except (ValueError, AttributeError):
                 pass
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
+        with open(temporary, "wb") as file:
+            file.writelines(kept)
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
 
     def write(self, kind: str, **values) -> None:
@@ -183,7 +197,8 @@ class RunLog:
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool) -> None:
         """The `step`-th step is finished and took `seconds`; FloatingPointError after five in a row were skipped."""
-        self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
+        self.steps_here += 1  # the first step of a process compiles and warms up: the average forgets it
+        self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds
         last, tokens = self.config.max_steps, step * self.config.total_batch_size
         tok_per_s, mfu = self.config.total_batch_size / seconds, self.flops_per_step / seconds / self.peak
         print0(f"step {step:>{len(str(last))}}/{last} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
@@ -195,8 +210,7 @@ class RunLog:
         if self.bad_steps == 5:
             raise FloatingPointError(
                 f"five steps in a row without a finite loss and gradient, the last one step {step} (loss {loss}, norm "
-                f"{norm}) at {tokens:,} tokens: the last checkpoint is unharmed; try a lower --max_lr with another "
-                "--out_dir")
+                f"{norm}) at {tokens:,} tokens; they changed no weight: try a lower --max_lr with another --out_dir")
 
     def val(self, step: int, loss: float) -> None:
         """The validation loss after `step` steps."""
@@ -220,6 +234,6 @@ class RunLog:
         tokens = step * self.config.total_batch_size
         print0(f"finished: validation loss {val_loss:.4f} after {step:,} steps and {tokens:,} tokens, {took} since the "
                f"start; checkpoints and log.jsonl in {self.config.out_dir}")
-        if Path(self.config.data).is_file():
+        if Path(self.config.data).name == "input.txt":
             print0("this was a small text; for GPT-2 124M itself put token shards of FineWeb-Edu into edu_fineweb10B/ "
                    "and run python train_gpt2.py again")

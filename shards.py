@@ -22,6 +22,9 @@ def open_shard(path: Path) -> np.ndarray:
     """
     try:
         if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                if file.read(6) != b"\x93NUMPY":
+                    raise ValueError("it does not start as .npy files do")
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise ValueError(f"it holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16")
@@ -30,14 +33,16 @@ def open_shard(path: Path) -> np.ndarray:
             return tokens
         header = np.fromfile(path, dtype=np.int32, count=256)
         if header.size and header[0] == 20240520:
-            if header.size < 256 or header[1] != 1 or path.stat().st_size != 1024 + 2 * int(header[2]):
+            if header[1:2] != 1:
+                raise ValueError("its header is not of version 1, GPT-2 tokens in uint16")
+            if header.size < 256 or path.stat().st_size != 1024 + 2 * int(header[2]):
                 raise ValueError("its size is not what its header says")
             return np.memmap(path, dtype=np.uint16, mode="r", offset=1024)
         if path.name not in ("train.bin", "val.bin"):
             raise ValueError("it does not start with the magic number 20240520")
         return np.memmap(path, dtype=np.uint16, mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"shard {path} cannot be used: {error}: delete it and prepare it again") from error
+    except Exception as error:  # numpy's parser of headers lets through what Python's own raises
+        raise DataError(f"shard {path} cannot be used: {error}: prepare it again") from error
 
 
 def read_text(path: Path, split: str) -> np.ndarray:
@@ -46,8 +51,11 @@ def read_text(path: Path, split: str) -> np.ndarray:
 
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text file: {error}") from error
+        raise DataError(f"{path} is not a UTF-8 text file ({error}): save it as UTF-8, or name a folder of shards "
+                        "instead") from error
     tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
     boundary = len(tokens) - len(tokens) // 10
     return tokens[:boundary] if split == "train" else tokens[boundary:]
@@ -63,7 +71,8 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
         return [(f"{data} ({split})", read_text(data, split))]
     if not data.is_dir():
         raise DataError(f"no data {str(data)!r}: --data takes a folder of token shards or a text file")
-    paths = sorted(path for path in data.iterdir() if path.suffix in (".npy", ".bin") and split in path.name)
+    paths = sorted(path for path in data.iterdir()
+                   if path.suffix in (".npy", ".bin") and split in path.name and not path.name.startswith("."))
     if not paths:
         raise DataError(f"no {split} shards in {str(data)!r}: it needs .npy or .bin files with {split!r} in the name")
     for path in paths:

@@ -92,21 +92,23 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
 
         for field in dataclasses.fields(self):
-            if field.type in (int, float):
-                least = field.name in ("total_batch_size", "sequence_length", "val_tokens", "keep_checkpoints")
-                require(least <= getattr(self, field.name) < math.inf, field.name, f"{least:d} or more")  # nan is not
-        require(self.seed < 2**32, "seed", "below 2**32")
+            value = getattr(self, field.name)
+            if field.type in (int, float):  # nan is refused too
+                least = int(field.name in ("total_batch_size", "sequence_length", "val_tokens", "keep_checkpoints"))
+                require(isinstance(value, (int, field.type)) and least <= value < 2**32, field.name,
+                        f"a number from {least} to 2**32 - 1")
+            elif field.type is str:
+                require(value != "" or field.default == "" or "prompt" in field.name, field.name, "a name or a path")
+                setattr(self, field.name, str(value))  # a Path becomes what a checkpoint can hold
         require(self.model in MODELS, "model", "one of " + ", ".join(MODELS))
         require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
         require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
         require(self.min_lr <= self.max_lr, "min_lr", f"at most max_lr, {self.max_lr}")
-        require(self.out_dir != "", "out_dir", "the name of a folder")
 
 
-# What changes where the data is a text file: sized for two CPU cores without bf16, and a fixed number of steps, so that
-# the result does not depend on the machine. Validation losses measured on input.txt, in about the same time: AdamW, 96
-# channels, T=128, 512 tokens a step, 330 steps 5.24; Muon 240 steps 4.89; with T=64, 1,024 tokens, 130 steps 4.83; with
-# 64 channels, 150 steps at lr 2e-2 4.88, at 3e-2 4.84 and half the time a step where Muon's bf16 products are slow.
+# What changes where the data is a text file: sized for two CPU cores, slow ones and without bf16 too. Validation losses
+# on input.txt: AdamW, 96 channels, T=128, 512 tokens a step, 330 steps 5.24; Muon, 240 steps in about that time 4.89;
+# with T=64 and 1,024 tokens, 130 steps 4.83; with 64 channels and lr 3e-2, 150 steps in half the time 4.84, 180 4.74.
 DEMO = dict(
     data="input.txt", model="demo", out_dir="log/demo", total_batch_size=1024, sequence_length=64, max_steps=180,
     warmup_steps=20, max_lr=3e-2, min_lr=0.0, weight_decay=0.0, optimizer="muon", val_every=60, sample_every=60,
@@ -153,9 +155,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, nh, T, hs)
         mask = None
         if cache is not None:
             if cache:  # earlier positions come first
@@ -233,7 +233,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); loss is the mean cross-entropy in nats, None without `targets`.
 
-        In training mode with targets the logits are None, to save their memory. `cache`, from make_cache(), holds the
+        In training mode with targets the logits are None, to free their memory. `cache`, from make_cache(), holds the
         keys and values of the positions before idx; this call adds its own.
         """
         past = cache[0][0].size(2) if cache and cache[0] else 0
@@ -259,16 +259,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """Operations a training token costs: 6N + 12*L*C*T, N without positions (Chowdhery et al. 2022, appendix B)."""
+        """Operations a training token costs: 6N + 12*L*C*T, N without positions (Chowdhery et al. 2022, app. B)."""
         N = self.count_parameters() - self.transformer.wpe.weight.numel()
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     @classmethod
     def from_pretrained(cls, name_or_folder) -> "GPT":
-        """OpenAI's model of that name, downloaded, or the one in a folder that transformers has written.
-
-        OSError where there is none or where it is no GPT-2, UserError where weights and config.json do not fit.
-        """
+        """OpenAI's model of that name, or the one in a transformers folder; OSError or UserError if it is no GPT-2."""
         return model_with(*checkpoint.read_transformers(name_or_folder), name_or_folder)
 
 
@@ -352,9 +349,13 @@ class DataLoaderLite:
         self.position = 0
 
     def state_dict(self) -> dict:
-        return {"position": self.position}
+        return {"position": self.position, "n_windows": self.n_windows}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on at a position; UserError where it was counted on other data."""
+        if state["n_windows"] != self.n_windows:
+            raise UserError(f"the data have {self.n_windows} windows to train on, they had {state['n_windows']} when "
+                            "the run began: restore them, or choose another --out_dir for a new run")
         self.position = state["position"]
 
 
@@ -437,48 +438,37 @@ def processes(config: TrainConfig):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank, world_size, device
-        if world_size > 1:
-            dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        on_cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    yield rank, world_size, device
+    if world_size > 1:  # not where a rank has failed: tearing down would wait for the others before the error is told
+        dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
+        dist.destroy_process_group()
 
 
 def pick_micro_batch_size(model: GPT, config: TrainConfig, device, autocast, world_size: int) -> int:
     """B: the largest divisor of a rank's windows a step that fits, the same on every rank.
 
-    CUDA: the peak of the plain model at B=1 and B=2, extrapolated to 90 % of the free memory, with room for gradients
-    and two optimizer moments. Elsewhere: at most 2,048 tokens, as more gain nothing on a CPU.
+    CUDA: the peak of the plain model at B=1 and B=2 with gradients in place, extrapolated to 90 % of the free memory,
+    with room for two optimizer moments. Elsewhere: at most 2,048 tokens, as more gain nothing on a CPU.
     """
     T, fits = config.sequence_length, max(1, 2048 // config.sequence_length)
     if device.type == "cuda":
         peaks = []
-        for B in (1, 2):
+        for B in (1, 1, 2):  # the first pass makes the gradients, the other two are measured
             torch.cuda.reset_peak_memory_stats(device)
             idx = torch.zeros(B, T, dtype=torch.int64, device=device)  # (B, T)
             batch_loss(model, idx, idx, autocast).backward()
             peaks.append(torch.cuda.max_memory_allocated(device))
-            model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        fits = fitting_windows(peaks, 12 * model.count_parameters(), free)
+        fits = machine.fitting_windows(peaks[1:], 8 * model.count_parameters(), free)
         torch.cuda.empty_cache()
-    if world_size > 1:
-        smallest = torch.tensor(fits, device=device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        fits = int(smallest)
+    fits = machine.min_over_ranks(fits, device, world_size)
     if fits < 1:
         raise UserError(f"not one window of {T} tokens fits on {device}: take a smaller --model or --sequence_length")
-    windows = config.total_batch_size // T // world_size
-    return max(B for B in range(1, windows + 1) if windows % B == 0 and B <= fits)
-
-
-def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
-    """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
-    per_window = peaks[1] - peaks[0]
-    return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
+    windows = count_micro_steps(config, world_size)  # of this rank; B is still open
+    return next(B for B in range(min(fits, windows), 0, -1) if windows % B == 0)
 
 
 def count_micro_steps(config: TrainConfig, world_size: int) -> int:
@@ -487,7 +477,8 @@ def count_micro_steps(config: TrainConfig, world_size: int) -> int:
     if config.total_batch_size % unit:
         below = config.total_batch_size // unit * unit
         raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch_size x "
-                        f"sequence_length x ranks = {unit}: take {f'{below} or ' if below else ''}{below + unit}")
+                        f"sequence_length x ranks = {unit}: make it {f'{below} or ' if below else ''}{below + unit}"
+                        f"{', or change --micro_batch_size' if config.micro_batch_size else ''}")
     return config.total_batch_size // unit
 
 
@@ -511,7 +502,7 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, 
         x, y = to_device(loader.next_batch(), device)
         counted = min(loader.B, n_windows - first)
         y[counted:] = -100  # cross_entropy leaves these out: the last batch keeps its shape and nothing counts twice
-        losses.append(counted * batch_loss(model, x, y, autocast))  # no dropout: training mode only saves the logits
+        losses.append(counted * batch_loss(model, x, y, autocast))  # no dropout: training mode only drops the logits
     total = torch.stack(losses).double().sum() if device.type != "mps" else torch.stack(losses).sum()
     if loader.world_size > 1:
         dist.all_reduce(total)
@@ -563,15 +554,15 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # what may differ when a run is resumed; anything else would make it another experiment
-FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "sample_every",
-                  "checkpoint_every"}
+FREE_TO_CHANGE = {"out_dir", "micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "sample_every",
+                  "checkpoint_every"}  # out_dir: the folder may have moved
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
     """The newest whole state in out_dir: rank 0 chooses the file, every rank reads it."""
     path, state = checkpoint.newest(config.out_dir, print0) if rank == 0 else (None, None)
     if path is None and rank == 0 and checkpoint.listing(config.out_dir):
-        raise UserError(f"no checkpoint in {config.out_dir} is whole: delete them to start afresh, or change --out_dir")
+        raise UserError(f"no checkpoint in {config.out_dir} is whole: move them away, or change --out_dir")
     if world_size > 1:
         name = [str(path) if path else None]
         dist.broadcast_object_list(name, src=0)
@@ -606,18 +597,21 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
     return model
 
 
-def save_checkpoint(config: TrainConfig, rank: int, world_size: int, raw_model, optimizer, step: int, val_loss: float):
-    """Write the state after `step` steps, on rank 0; where the disk is full, warn and go on with the last good one."""
+def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, step: int, val_loss: float, last: bool):
+    """Rank 0 writes the state after `step` steps. A full disk is a warning, or an error where it is the `last` try."""
     if rank > 0:
         return
     try:
-        checkpoint.save(config.out_dir, step, {
-            "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-            "model_config": asdict(raw_model.config), "train_config": {**asdict(config), "world_size": world_size},
-            "step": step, "position": step * (config.total_batch_size // config.sequence_length), "val_loss": val_loss})
-        checkpoint.prune(config.out_dir, config.keep_checkpoints)
+        log0.sync()
+        checkpoint.save(train_config["out_dir"], step, {
+            "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "train_config": train_config,
+            "model_config": asdict(raw_model.config), "step": step, "val_loss": val_loss,
+            "position": step * (train_config["total_batch_size"] // train_config["sequence_length"])})
+        checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
     except OSError as error:
         print0(f"warning: {error}; the checkpoints before it stay")
+        if last:
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,23 +629,22 @@ def main(config: TrainConfig) -> float:
         with checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext():
             try:
                 return train(config, rank, world_size, device, stop)
-            except torch.OutOfMemoryError as error:
-                B = config.micro_batch_size
-                raise UserError(f"out of memory with --micro_batch_size {B}: run the same command with "
-                                f"--micro_batch_size {max(1, B // 2)}, it goes on from the last checkpoint") from error
+            except (RuntimeError, MemoryError) as error:
+                if not machine.is_out_of_memory(error):
+                    raise
+                raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
 
 
 def train(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: threading.Event) -> float:
     """One rank's part of the run, from what is on disk to the last step or the first signal; see main()."""
     # what to go on from
-    count_micro_steps(config, world_size)
     state = find_checkpoint(config, rank, world_size) if config.max_steps or not config.init_from else None
-    resumed = state if config.max_steps else None  # evaluation alone resumes nothing
-    if resumed:
-        adopt_choices(config, resumed["train_config"], world_size)
+    resuming = bool(state and config.max_steps)  # evaluation alone resumes nothing
+    if resuming:
+        adopt_choices(config, state["train_config"], world_size)
     torch.manual_seed(config.seed)
     raw_model = build_model(config, state).to(device)
-    start_step, val_loss = (resumed["step"], resumed["val_loss"]) if resumed else (0, math.nan)
+    origin = f"step {state['step']:,}" if state else config.init_from or "fresh weights"
 
     # precision and batch
     dtype, why_dtype = machine.pick_dtype(config.dtype, device)
@@ -667,25 +660,31 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
     train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
 
+
     # speed: raw_model is the plain module, model what is compiled and wrapped
+    start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
     flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size
     peak = machine.peak_flops(device, dtype) * world_size
     seconds = (config.max_steps - start_step) * flops_per_step / (0.4 * peak)  # a run at 40 % of the peak
-    config.compile, why_compile = machine.pick_compile(config.compile, device, seconds)
+    compile_it, why_compile = machine.pick_compile(config.compile, device, seconds)
+    config.compile = bool(machine.min_over_ranks(int(compile_it), device, world_size))
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        train_loader.load_state_dict({"position": resumed["position"]})
+    if resuming:
+        optimizer.load_state_dict(state["optimizer"])
+        train_loader.load_state_dict({**state["train_config"], "position": state["position"]})
+    del state  # a second copy of all weights and moments
 
     runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
-                      why_dtype, why_compile, start_step if resumed else None)
-    log0 = runlog.RunLog(config, rank, start_step if resumed else -1, flops_per_step, peak)
-    log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device))
-    save = functools.partial(save_checkpoint, config, rank, world_size, raw_model, optimizer)
-    seen, stopping = start_step if resumed else -1, False  # the evaluation of step `seen` stands in the log already
+                      why_dtype, why_compile, origin, resuming)
+    log0 = runlog.RunLog(config, rank, start_step if resuming else -1, flops_per_step, peak)
+    log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
+               origin=origin)
+    train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
+    save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
+    seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
     for step in range(start_step, config.max_steps + 1):
         last_step = step == config.max_steps
@@ -695,8 +694,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         if step > seen and config.sample_every and (last_step or due(step, config.sample_every)):
             log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
         if step > start_step and (last_step or due(step, config.checkpoint_every)):
-            log0.sync()
-            save(step, val_loss)
+            save(step, val_loss, last=last_step)
         if last_step:
             break
 
@@ -715,8 +713,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         loss, norm, stopping = read_on_host(loss_sum, norm, stop, world_size)
         if stopping:
-            log0.sync()
-            save(step, val_loss)
+            save(step, val_loss, last=True)
             break
         lr = get_lr(step, config)
         for group in optimizer.param_groups:

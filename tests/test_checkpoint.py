@@ -85,8 +85,35 @@ def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(tmp_path):
         checkpoint.save(tmp_path, step, state(step))
     (tmp_path / "model_000004.pt.tmp").write_bytes(b"half")
     (tmp_path / "notes.pt").write_bytes(b"mine")
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, 10)
     assert sorted(os.listdir(tmp_path)) == ["model_000003.pt", "model_000010.pt", "notes.pt"]
+
+
+def test_prune_never_trades_the_file_just_written_for_a_damaged_later_one(tmp_path):
+    for step in (5, 6, 10, 11):
+        checkpoint.save(tmp_path, step, state(step))
+    for step in (10, 11):
+        (tmp_path / f"model_{step:06d}.pt").write_bytes(b"damaged")
+    checkpoint.prune(tmp_path, 1, 6)
+    assert checkpoint.newest(tmp_path, lambda line: None)[1]["step"] == 6
+
+
+def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
+    """Every bit of the directory at the end and of the headers at the start of a checkpoint as torch.save writes it."""
+    path = checkpoint.save(tmp_path, 1, state())
+    data, expected = path.read_bytes(), torch.arange(1000.0)
+    refused = 0
+    for position in [*range(120), *range(len(data) - 900, len(data))]:
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                loaded = checkpoint.load(path)
+                assert torch.equal(loaded["model"]["w"], expected) and loaded["position"] == 8
+            except CheckpointError:
+                refused += 1
+    assert refused > 1000
 
 
 def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
@@ -105,7 +132,9 @@ def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
 def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         checkpoint.read_transformers(tmp_path)
-    for settings in ({"n_layer": 1}, [], {"activation_function": "relu"}):
+    for settings in ({"n_layer": 1}, [], {"activation_function": "relu"}, {"layer_norm_epsilon": 1e-6},
+                     {"tie_word_embeddings": False}, {"scale_attn_by_inverse_layer_idx": True},
+                     {"vocab_size": 9, "n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 8, "n_inner": 8}):
         (tmp_path / "config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError, match="no GPT-2"):
             checkpoint.read_transformers(tmp_path)

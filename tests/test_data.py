@@ -156,13 +156,17 @@ def spoil(folder, how):
         path.with_suffix(".bin").write_bytes(np.array([20240520, 1, 0], dtype=np.int32).tobytes())
     elif how == "odd":
         (folder / "train.bin").write_bytes(b"\0" * 801)
+    elif how == "header cut":
+        path.write_bytes((b"\x93NUMPY\x01\x00\x36\x00{'descr': '<u2', 'fortran_order': False, 'shape': (1").ljust(64))
     elif how == "both names":
         path.rename(folder / "train_val.npy")
 
 
 @pytest.mark.parametrize("how", ["truncated", "padded", "empty", "dtype", "pickled", "two-dimensional", "magic",
-                                 "version", "count", "header", "odd", "both names"])
+                                 "version", "count", "header", "odd", "header cut", "both names"])
 def test_a_bad_shard_is_refused_by_name(shard_folder, how):
+    (shard_folder / "._x_train.npy").write_bytes(b"what macOS leaves on other people's disks")
+    assert DataLoaderLite(shard_folder, "train", 1, 16).n_windows == 149
     spoil(shard_folder, how)
     with pytest.raises(DataError, match=r"shard \S*train\S*"):
         DataLoaderLite(shard_folder, "train", 1, 16)

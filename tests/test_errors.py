@@ -1,11 +1,12 @@
 """Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command."""
 import os
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, flags, run, write_shards
+from conftest import command, flags, read_log, run, write_shards
 from test_data import spoil
 
 import checkpoint
@@ -24,13 +25,13 @@ def error_of(arguments, cwd=None, **environment) -> str:
     (["--max_step", "3"], "unrecognized arguments: --max_step"),
     (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
     (["--max_steps"], "--max_steps: expected one argument"),
-    (["--max_steps", "-1"], "--max_steps is -1, it must be 0 or more"),
-    (["--max_lr", "nan"], "--max_lr is nan, it must be 0 or more"),
+    (["--max_steps", "-1"], "--max_steps is -1, it must be a number from 0"),
+    (["--max_lr", "nan"], "--max_lr is nan, it must be a number from 0"),
     (["--max_lr", "inf"], "--max_lr is inf"),
     (["--min_lr", "1"], "--min_lr is 1.0, it must be at most max_lr"),
-    (["--total_batch_size", "0"], "--total_batch_size is 0, it must be 1 or more"),
-    (["--keep_checkpoints", "0"], "--keep_checkpoints is 0, it must be 1 or more"),
-    (["--seed", "99999999999"], "--seed is 99999999999, it must be below 2**32"),
+    (["--total_batch_size", "0"], "--total_batch_size is 0, it must be a number from 1"),
+    (["--keep_checkpoints", "0"], "--keep_checkpoints is 0, it must be a number from 1"),
+    (["--seed", "99999999999"], "--seed is 99999999999, it must be a number from 0 to 2**32 - 1"),
     (["--model", "gpt5"], "--model is 'gpt5', it must be one of gpt2, gpt2-medium"),
     (["--optimizer", "sgd"], "--optimizer is 'sgd', it must be adamw or muon"),
     (["--dtype", "float16"], "--dtype is 'float16', it must be auto, float32 or bfloat16"),
@@ -39,11 +40,12 @@ def error_of(arguments, cwd=None, **environment) -> str:
     (["--init_from", "gpt5"], "no model 'gpt5': name a folder, a .pt file or one of gpt2"),
     (["--init_from", "gpt2"], "cannot download gpt2 from the Hugging Face hub"),
     (["--init_from", "missing.pt"], "no checkpoint missing.pt"),
-    (["--device", "cuda:7"], "--device cuda:7 (number 7) is not there"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--total_batch_size", "1000"], "take 896 or 1024"),
-    (["--micro_batch_size", "3"], "of micro_batch_size x sequence_length x ranks = 384: take 384 or 768"),
-    (["--total_batch_size", "100"], "= 128: take 128"),
+    (["--device", "cuda:7"], "no device 'cuda:7' for process 0"),
+    (["--device", "abacus"], "--device takes auto, cpu, cuda, cuda:N or mps"),
+    (["--data", ""], "--data is '', it must be a name or a path"),
+    (["--total_batch_size", "1000"], "make it 896 or 1024"),
+    (["--micro_batch_size", "3"], "of micro_batch_size x sequence_length x ranks = 384: make it 384 or 768, or change"),
+    (["--total_batch_size", "100"], "= 128: make it 128"),
 ])
 def test_wrong_flags_and_values(arguments, message, tmp_path):
     unchanged = ["--total_batch_size", "512", "--sequence_length", "128"]
@@ -99,10 +101,24 @@ def finished_run(tmp_path_factory):
     return data, folder / "out"
 
 
-def test_what_may_differ_when_resuming(finished_run):
+def test_what_may_differ_when_resuming(finished_run, tmp_path):
+    """The folder is copied elsewhere, its last checkpoint is gone, and what adapts to the machine is set otherwise."""
     data, out = finished_run
-    result = run(flags(data=data, out_dir=out, micro_batch_size=2, keep_checkpoints=3, val_every=1, compile=False))
-    assert result.returncode == 0 and "finished" in result.stdout, result.stderr
+    shutil.copytree(out, tmp_path / "moved")
+    (tmp_path / "moved" / "model_000006.pt").unlink()
+    result = run(flags(data=data, out_dir=tmp_path / "moved", micro_batch_size=2, keep_checkpoints=3, val_every=1,
+                       compile=False, checkpoint_every=1))
+    assert result.returncode == 0 and "resumed after step 4" in result.stdout, result.stderr
+    losses = [[line["loss"] for line in read_log(folder, "train")] for folder in (out, tmp_path / "moved")]
+    np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+    assert len(list((tmp_path / "moved").glob("*.pt"))) == 3
+
+
+def test_data_that_have_changed_are_not_trained_on(tmp_path):
+    data = write_shards(tmp_path / "data")
+    assert run(flags(data=data, out_dir=tmp_path / "out")).returncode == 0
+    write_shards(data, train=(1500, 950))
+    assert "the data have 152 windows to train on, they had 149" in error_of(flags(data=data, out_dir=tmp_path / "out"))
 
 
 def test_checkpoints_that_are_not_ours(finished_run, tmp_path):
@@ -126,8 +142,7 @@ def test_an_output_folder_that_cannot_be_written(shard_folder, tmp_path):
 def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(shard_folder, tmp_path):
     arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=100000, compile=False)
     first = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    while "step" not in first.stdout.readline():
-        pass
+    assert any("step" in line for line in iter(first.stdout.readline, ""))
     assert "another run is training into" in error_of(arguments)
     first.kill()
     first.wait()

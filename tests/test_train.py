@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY, command, flags, read_log, run, write_shards
 
 import checkpoint
+import machine
 import train_gpt2
 from train_gpt2 import DEMO, GPT, DataLoaderLite, GPTConfig, TrainConfig, UserError, evaluate_val_loss, parse_args
 
@@ -94,7 +95,7 @@ def whole_run(request, tmp_path_factory):
     return long, folder / "out"
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_stopped_run_ends_as_if_it_had_never_stopped(how, whole_run, tmp_path):
     long, whole = whole_run
     for text in ("step  23/", "step  68/"):
@@ -195,11 +196,14 @@ def test_micro_batches_give_the_gradient_of_one_batch(shard_folder, tmp_path, mo
     torch.testing.assert_close(gradients[8], expected, atol=1e-7, rtol=1e-4)
 
 
-def test_clipping_bounds_the_update(shard_folder, tmp_path):
-    """The logged norm is the one before clipping, so that it is the same with and without."""
-    norms = [read_log(train_in_process(tmp_path, data=shard_folder, grad_clip=clip, max_steps=1)[1], "train")[0]["norm"]
-             for clip in (0, 1e-3)]
-    assert norms[0] == norms[1] > 0.1
+@pytest.mark.parametrize("clip", [0, 1e-3])
+def test_clipping_bounds_the_gradient(clip, shard_folder, tmp_path):
+    """AdamW's first moment after one step is a tenth of the gradient it was given; the logged norm is unclipped."""
+    _, out = train_in_process(tmp_path, data=shard_folder, grad_clip=clip, max_steps=1)
+    moments = final_state(out, 1)["optimizer"]["state"].values()
+    given = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item() / 0.1
+    logged = read_log(out, "train")[0]["norm"]
+    assert logged > 0.1 and given == pytest.approx(clip or logged, rel=1e-3)
 
 
 def test_validation_is_the_same_at_any_batch_and_counts_each_token_once(shard_folder):
@@ -300,8 +304,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shard_folder, 
 
 def test_the_micro_batch_that_fits_and_the_arithmetic_behind_it():
     GiB = 2**30
-    assert train_gpt2.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 40 * GiB) == (36 - 1 - 2) // 2
-    assert train_gpt2.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 4 * GiB) <= 0
+    assert machine.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 40 * GiB) == (36 - 1 - 2) // 2
+    assert machine.fitting_windows([3 * GiB, 5 * GiB], 2 * GiB, 4 * GiB) <= 0
     cpu = torch.device("cpu")
     for total, T, expected in ((524288, 1024, 2), (512, 128, 4), (96 * 64, 64, 32), (90 * 64, 64, 30), (4096, 4096, 1)):
         config = TrainConfig(total_batch_size=total, sequence_length=T)
@@ -359,9 +363,40 @@ def test_training_on_shards_needs_torch_and_numpy_alone(shard_folder, tmp_path):
     assert "no sample" in result.stdout and "finished" in result.stdout
 
 
+def test_a_log_without_a_checkpoint_is_kept(shard_folder, tmp_path):
+    _, out = train_in_process(tmp_path, data=shard_folder)
+    for path in out.glob("*.pt"):
+        path.unlink()
+    before = (out / "log.jsonl").read_bytes()
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=out)))
+    assert (out / "log.jsonl.old").read_bytes() == before
+    assert len(read_log(out, "train")) == 6
+
+
+def test_a_reader_that_leaves_and_an_ascii_terminal_do_no_harm(shard_folder, tmp_path):
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", sample_every=2, sample_prompt="café")
+    process = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    while b"caf" not in (line := process.stdout.readline()):
+        assert line
+    assert rb"caf\xe9" in line
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert len(read_log(tmp_path / "out", "train")) == 6
+
+
+def test_memory_that_runs_out_is_recognised():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert machine.is_out_of_memory(error.value)
+    assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not machine.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert "--micro_batch_size 4" in machine.memory_remedy(8) and "smaller --model" in machine.memory_remedy(1)
+
+
 def test_out_of_memory_names_half_of_b(shard_folder, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(train_gpt2, "read_on_host", full)
-    with pytest.raises(UserError, match="--micro_batch_size 2, it goes on"):
+    with pytest.raises(UserError, match="run the same command with --micro_batch_size 2"):
         train_in_process(tmp_path, data=shard_folder)

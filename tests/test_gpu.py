@@ -1,0 +1,33 @@
+"""What only a CUDA GPU can show; `pytest -m gpu` runs it where there is one."""
+import numpy as np
+import pytest
+import torch
+from conftest import flags, read_log, run
+from test_train import assert_same_run, final_state
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")]
+
+GPU = {"device": "cuda", "dtype": None, "micro_batch_size": None, "compile": False}
+
+
+def test_bf16_and_b_are_chosen_and_the_loss_is_the_cpu_s(shard_folder, tmp_path):
+    for name, changes in (("cpu", {}), ("gpu", GPU)):
+        result = run(flags(data=shard_folder, out_dir=tmp_path / name, **changes))
+        assert result.returncode == 0, result.stderr
+    stored = final_state(tmp_path / "gpu")["train_config"]
+    assert stored["dtype"] == ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
+    assert stored["micro_batch_size"] == 8  # all windows of a step fit
+    losses = [[line["loss"] for line in read_log(tmp_path / name, "train")] for name in ("cpu", "gpu")]
+    np.testing.assert_allclose(*losses, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deterministic_run_is_resumed_bit_by_bit(compiled, shard_folder, tmp_path):
+    changes = {**GPU, "data": shard_folder, "deterministic": True, "compile": compiled, "keep_checkpoints": 9}
+    for name in ("whole", "resumed"):
+        assert run(flags(out_dir=tmp_path / name, **changes)).returncode == 0
+    for step in (4, 6):
+        (tmp_path / "resumed" / f"model_{step:06d}.pt").unlink()
+    result = run(flags(out_dir=tmp_path / "resumed", **changes))
+    assert "resumed after step 2" in result.stdout, result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
