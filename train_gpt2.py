@@ -56,7 +56,7 @@ MODELS = {
 @dataclass
 class TrainConfig:
     """One training run. The defaults reproduce GPT-2 124M; UserError for a value out of its range."""
-    data: str = "edu_fineweb10B"  # folder of token shards (.npy, .bin), or a text file
+    data: str = "edu_fineweb10B"  # folder of token shards, or a text file (with the demo's defaults for all the rest)
     model: str = "gpt2"  # shape of a fresh model: gpt2, gpt2-medium, gpt2-large, gpt2-xl or demo
     n_layer: int = 0  # blocks (0: the model's)
     n_head: int = 0  # attention heads a block (0: the model's)
@@ -118,7 +118,8 @@ DEMO = dict(
 
 def parse_args(argv: list[str]) -> TrainConfig:
     """Flags -> TrainConfig; a text file as data lays DEMO under the flags. UserError for a wrong flag or value."""
-    flags = runlog.parse_flags(TrainConfig, argv, "Train GPT-2. The same command again resumes.")
+    flags = runlog.parse_flags(TrainConfig, argv, "Train GPT-2; the same command again resumes. Without --data and "
+                               f"without {TrainConfig.data}/ it runs a demo of less than three minutes on input.txt.")
     if "data" not in flags and not Path(TrainConfig.data).exists():
         built_in = (Path("input.txt"), Path(__file__).with_name("input.txt"))
         flags["data"] = next((str(path) for path in built_in if path.exists()), TrainConfig.data)
