@@ -117,7 +117,7 @@ def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_
                  f"{plural(grad_accum_steps, 'micro-step')}",
         "schedule": f"{config.max_steps:,} steps, {config.max_steps * config.total_batch_size:,} tokens = "
                     f"{config.max_steps * config.total_batch_size / (train_loader.n_windows * T):.2f} epochs; {lr}",
-        "memory": f"{16 * parameters / 2**20:,.0f} MiB for weights, gradients and optimizer",
+        "memory": f"{16 * parameters / 2**20:,.0f} MiB at most for weights, gradients, optimizer; activations on top",
         "output": f"{config.out_dir}, {f'resumed after {origin}' if resuming else 'a fresh run'}",
     }
     if not config.max_steps:

@@ -354,9 +354,10 @@ class DataLoaderLite:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on at a position; UserError where it was counted on other data."""
-        if state["n_windows"] != self.n_windows:
-            raise UserError(f"the data have {self.n_windows} windows to train on, they had {state['n_windows']} when "
-                            "the run began: restore them, or choose another --out_dir for a new run")
+        before = state.get("n_windows", self.n_windows)
+        if before != self.n_windows:
+            raise UserError(f"the data have {self.n_windows} windows to train on, they had {before} when the run "
+                            "began: restore them, or choose another --out_dir for a new run")
         self.position = state["position"]
 
 

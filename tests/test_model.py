@@ -73,11 +73,16 @@ def test_sizes(name, millions):
         assert round(GPT(GPTConfig(**MODELS[name])).count_parameters() / 1e6) == millions
 
 
-def test_first_loss_is_that_of_a_uniform_guess():
+@pytest.mark.parametrize("n_embd", [64, 768])
+def test_first_loss_is_that_of_a_uniform_guess(n_embd):
+    """ln V, and half the variance of the logits on top: C channels of variance 1 meet a wte of std 0.02."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=64))
-    idx = torch.randint(0, 50257, (4, 128))
-    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50257)) < 0.1
+    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=n_embd))
+    idx = torch.randint(0, 50257, (4, 129))
+    with torch.no_grad():
+        loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert loss == pytest.approx(math.log(50257) + n_embd * 0.02**2 / 2, abs=0.03)
+    assert n_embd > 64 or abs(loss - math.log(50257)) < 0.1
 
 
 def test_std_of_every_kind_of_weight():
