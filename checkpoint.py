@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import filelock
@@ -82,8 +81,7 @@ def load(path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, NotImplementedError, pickle.UnpicklingError,
-            zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else KEYS
     if missing:

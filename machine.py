@@ -111,7 +111,7 @@ def memory_remedy(micro_batch_size: int) -> str:
     """What to do about memory that ran out, in one line."""
     remedy = (f"--micro_batch_size {micro_batch_size // 2}" if micro_batch_size > 1 else
               "a smaller --model or --sequence_length and another --out_dir")
-    return f"out of memory with --micro_batch_size {micro_batch_size}: run the same command with {remedy}"
+    return f"out of memory at a micro-batch of {max(1, micro_batch_size)}: run the same command with {remedy}"
 
 
 def describe_device(device: torch.device) -> str:

@@ -129,6 +129,7 @@ def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_
 
 
 def plural(count: int, noun: str) -> str:
+    """The noun, with an s unless there is one of it."""
     return noun if count == 1 else noun + "s"
 
 
@@ -174,6 +175,7 @@ class RunLog:
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:
             file.writelines(kept)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
 

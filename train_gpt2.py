@@ -662,7 +662,6 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
     train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
 
-
     # speed: raw_model is the plain module, model what is compiled and wrapped
     start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
     flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size
