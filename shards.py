@@ -1,10 +1,18 @@
 """Token files: the shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files, checked as they open.
 
     open_tokens(data, split, shuffle)    [(name, tokens), ...] of a folder of shards or of a text file
+    ShardWriter(path)                    a shard that has its name only once it is whole
+    Manifest(folder)                     what the shards in a folder were made of, and their hashes
+    verify(folder)                       compares the shards with it
 
 Tokens are uint16 arrays, memory-mapped where they come from shards: opening ten billion of them reads a few pages.
 """
+import contextlib
+import hashlib
+import itertools
+import json
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +79,14 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
         return [(f"{data} ({split})", read_text(data, split))]
     if not data.is_dir():
         raise DataError(f"no data {str(data)!r}: --data takes a folder of token shards or a text file")
+    if unfinished := next(data.glob("progress*.json"), None):
+        raise DataError(f"the shards in {str(data)!r} are not all there: give the fineweb.py command that makes them "
+                        f"again, or delete {unfinished.name} to train on those that are")
     paths = sorted(path for path in data.iterdir()
                    if path.suffix in (".npy", ".bin") and split in path.name and not path.name.startswith("."))
     if not paths:
-        raise DataError(f"no {split} shards in {str(data)!r}: it needs .npy or .bin files with {split!r} in the name")
+        raise DataError(f"no {split} shards in {str(data)!r}: run python fineweb.py, or name a folder of .npy or .bin "
+                        f"files with {split!r} in their names")
     for path in paths:
         if "train" in path.name and "val" in path.name:
             raise DataError(f"shard {path} has both 'train' and 'val' in its name: rename it")
@@ -83,3 +95,156 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
         if shuffle and hasattr(mmap, "MADV_RANDOM") and isinstance(tokens.base, mmap.mmap):
             tokens.base.madvise(mmap.MADV_RANDOM)
     return found
+
+
+class ShardWriter:
+    """A .npy file of uint16 as np.save writes it, under a temporary name until it is whole."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self.tokens = self.documents = 0
+        self.file = open(self.temporary, "wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """The header for the tokens so far: numpy pads it to the same 128 bytes for any number of them."""
+        self.file.seek(0)
+        header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def write(self, tokens: np.ndarray, documents: int) -> None:
+        """Append tokens, among which so many documents begin."""
+        self.file.write(tokens.astype("<u2", copy=False).data)
+        self.tokens, self.documents = self.tokens + len(tokens), self.documents + documents
+
+    def finish(self) -> dict:
+        """Give the shard its name once all of it is on the disk -> its record for the manifest."""
+        self._write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        record = {"name": self.path.name, "documents": self.documents, "tokens": self.tokens,
+                  "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
+        replace(self.temporary, self.path)
+        return record
+
+    def abandon(self) -> None:
+        """Leave nothing behind; does nothing to a finished shard."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a written and fsynced file its name, so that the name survives a power cut where folders can be opened."""
+    os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class Manifest:
+    """What a folder of shards is made of: settings, and of every shard its name, documents, tokens, bytes and sha256.
+
+    It is progress.json while shards are missing and manifest.json when all are there. `node` is put into these names
+    where several machines write to one folder. Opening it drops the records from the first shard on that is not there.
+    """
+
+    def __init__(self, folder, node: str = ""):
+        self.folder = Path(folder)
+        self.progress, self.finished = (self.folder / f"{name}{node}.json" for name in ("progress", "manifest"))
+        path = self.progress if self.progress.exists() else self.finished
+        self.values = read_record(path) if path.exists() else {}
+        recorded = self.values.pop("shards", [])
+        self.shards = list(itertools.takewhile(self.is_whole, recorded))
+        self.missing = [shard["name"] for shard in recorded[len(self.shards):]]
+        self.complete = bool(self.values) and path == self.finished and not self.missing
+
+    def is_whole(self, shard: dict) -> bool:
+        """Whether a recorded shard is there and of the right size."""
+        path = self.folder / shard["name"]
+        return path.exists() and path.stat().st_size == shard["bytes"]
+
+    def require(self, settings: dict) -> None:
+        """DataError where the folder was made with other settings."""
+        for name, value in settings.items():
+            if self.values and self.values.get(name) != value:
+                raise DataError(f"{self.folder} was made with another {name}, {self.values.get(name)!r} not {value!r}: "
+                                "choose another --out, or the settings of before")
+
+    def begin(self, values: dict) -> None:
+        """Record that shards are missing, before any is written."""
+        self.values = values
+        self._write()
+        self.finished.unlink(missing_ok=True)
+
+    def add(self, shard: dict) -> None:
+        """Record a shard that is there."""
+        self.shards.append(shard)
+        self._write()
+
+    def finish(self) -> None:
+        """Record that all shards are there."""
+        self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens")}
+        self._write()
+        replace(self.progress, self.finished)
+
+    def total(self, key: str) -> int:
+        """The sum of one number over the shards."""
+        return sum(shard[key] for shard in self.shards)
+
+    def _write(self) -> None:
+        """progress.json, at any instant the old one or the new one."""
+        temporary = self.progress.with_name(self.progress.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(self.values | {"shards": self.shards}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, self.progress)
+
+
+def read_record(path: Path) -> dict:
+    """The contents of a manifest; DataError where it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for shard in values["shards"]:
+            if not {"name", "documents", "tokens", "bytes", "sha256"} <= shard.keys():
+                raise ValueError(f"the record {shard} is not whole")
+        return values
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
+
+
+def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
+    """(shards, tokens) of a folder, each shard's hash compared with the manifest; DataError names what differs.
+
+    `progress` is called with the size of each shard done.
+    """
+    folder = Path(folder)
+    if any(folder.glob("progress*.json")) or not any(folder.glob("manifest*.json")):
+        raise DataError(f"{folder} is not finished: give the command that makes it again")
+    records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
+    shards = {shard["name"]: shard for record in records for shard in record["shards"]}
+    nodes = {record["node_rank"] for record in records}
+    wrong = [f"node {node} has not finished" for node in range(records[0]["num_nodes"]) if node not in nodes]
+    wrong += [f"{path.name} is in no manifest" for path in sorted(folder.iterdir())
+              if path.suffix in (".npy", ".bin") and path.name not in shards]
+    for name, shard in shards.items():
+        if not (folder / name).exists():
+            wrong.append(f"{name} is missing")
+        elif sha256(folder / name) != shard["sha256"]:
+            wrong.append(f"{name} is damaged")
+        progress(shard["bytes"])
+    if wrong:
+        raise DataError(f"{folder}: {', '.join(wrong)}: delete what is damaged or foreign, then give the command that "
+                        "made the folder again")
+    return len(shards), sum(shard["tokens"] for shard in shards.values())

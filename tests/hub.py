@@ -1,0 +1,114 @@
+"""A Hugging Face hub on loopback: the real clients download from it, and a test decides what goes wrong."""
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+import urllib.parse
+from pathlib import Path
+
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Repositories, each the files of a folder: `repositories` maps "models/OWNER/NAME" or "datasets/OWNER/NAME" to it.
+
+    `trouble(path)` of a request, where it is set, returns what to do instead of answering: a status to fail with,
+    "cut" to send half of the file and hang up, "html" to send a page, None to answer.
+    """
+
+    repositories, trouble, seen = {}, None, []
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def do_POST(self):
+        self.answer()
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.seen.append(self.path)
+        self.broken = type(self).trouble and type(self).trouble(self.path)
+        if isinstance(self.broken, int):
+            return self.reply(b"busy", status=self.broken)
+        path, _, query = urllib.parse.unquote(self.path).partition("?")
+        if api := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+(?:/(.*))?)?", path):
+            repository, kind, under = api.groups()
+            if repository not in self.repositories:
+                return self.reply(b"{}", status=404)
+            if kind == "tree":
+                return self.reply(self.listing(repository, under or "", "recursive=true" in query.lower()))
+            if kind == "paths-info":
+                asked = set(json.loads(body)["paths"]) if body.startswith(b"{") else set()
+                found = [entry for entry in self.listing(repository, "", True) if entry["path"] in asked]
+                return self.reply(found)
+            files = [{"rfilename": entry["path"]} for entry in self.listing(repository, "", True)]
+            return self.reply({"id": repository.partition("/")[2], "sha": COMMIT, "siblings": files, "private": False,
+                               "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []})
+        if file := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
+            folder = self.repositories.get((file[1] or "models/") + file[2])
+            if folder and (folder / file[3]).is_file():
+                return self.reply((folder / file[3]).read_bytes(), ranged=True)
+        return self.reply(b"{}", status=404)
+
+    def listing(self, repository, under, recursive):
+        root = self.repositories[repository]
+        entries = []
+        for path in sorted((root / under).rglob("*") if recursive else (root / under).glob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_dir():
+                entries.append({"type": "directory", "path": name, "oid": "0" * 40, "size": 0})
+            else:
+                digest, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+                entries.append({"type": "file", "path": name, "oid": "0" * 40, "size": size,
+                                "lfs": {"oid": digest, "size": size, "pointerSize": 130}})
+        return entries
+
+    def reply(self, data, status=200, ranged=False):
+        if not isinstance(data, bytes):
+            data = json.dumps(data).encode()
+        if self.broken == "html":
+            data, ranged = b"<html><body>Please log in</body></html>", False
+        digest, length = hashlib.sha256(data).hexdigest(), len(data)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if ranged else None
+        if asked:
+            start, end = int(asked[1]), min(int(asked[2] or length - 1), length - 1)
+            data, status = data[start:end + 1], 206
+        self.send_response(status)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{length}")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Type", "text/html" if self.broken == "html" else "application/octet-stream")
+        self.send_header("ETag", f'"{digest}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if self.broken == "cut":
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(OSError):
+                self.wfile.write(data[:len(data) // 2] if self.broken == "cut" else data)
+                self.wfile.flush()
+        if self.broken == "cut":
+            self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextlib.contextmanager
+def hub(repositories: dict[str, Path], cache: Path):
+    """A hub with these repositories -> (the environment that makes it the hub, its handler class)."""
+    handler = type("ThisHub", (Hub,), {"repositories": repositories, "seen": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
+           "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}, handler
+    server.shutdown()
+    server.server_close()

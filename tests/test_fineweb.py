@@ -1,0 +1,542 @@
+"""fineweb.py: bytes against a plain loop of tiktoken, restarts after SIGKILL, broken files, disks and networks."""
+import gzip
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, flags, run
+from hub import COMMIT, hub
+
+import fineweb
+from runlog import UserError
+from tokenizer import EOT, gpt2_encoding
+
+SCRIPT = ROOT / "fineweb.py"
+TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
+ODD = ["", "a", "\0", "nul \0 inside", "🙂 👩‍🚀 naïve ½ 你好", "<|endoftext|>", "see <|endoftext|> here",
+       " \t\r\n  x\n", "lone \ud800 surrogate \udfff", "it's WE'LL don't", "\u2028 \x85 \x0b", "2021-01-01", "x" * 5000,
+       TEXT[:100_000] * 20]
+
+
+def plain(texts) -> np.ndarray:
+    """The tokens of texts by the plainest loop."""
+    tokens = []
+    for text in texts:
+        tokens += [EOT, *gpt2_encoding().encode_ordinary(text)]
+    return np.array(tokens, dtype=np.uint16)
+
+
+def documents(n: int, seed: int = 0) -> list[str]:
+    """n pieces of the built-in text of 1 to 2,000 characters."""
+    rng = random.Random(seed)
+    starts = [rng.randrange(len(TEXT) - 2000) for _ in range(n)]
+    return [TEXT[start:start + rng.randrange(1, 2000)] for start in starts]
+
+
+def shards(folder) -> list[np.ndarray]:
+    """The shards in a folder, in order, each checked to be what np.save writes."""
+    found = []
+    for path in sorted(Path(folder).glob("*.npy"), key=lambda path: path.name[-10:]):
+        found.append(np.load(path))
+        expected = io.BytesIO()
+        np.save(expected, found[-1])
+        assert path.read_bytes() == expected.getvalue()
+    return found
+
+
+def write_parquet(path: Path, texts, **options) -> Path:
+    """A parquet file with a column of texts and another one."""
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, **options)
+    return path
+
+
+def write_jsonl(path: Path, texts) -> Path:
+    """JSON lines, compressed as the name says."""
+    data = b"".join(json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(texts))
+    if path.suffix == ".gz":
+        half = len(data) // 2  # two members, as cat makes them
+        data = gzip.compress(data[:half]) + gzip.compress(data[half:])
+    if path.suffix == ".zst":
+        half = len(data) // 2
+        data = b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+    path.write_bytes(data)
+    return path
+
+
+def prepare(*arguments, **flags):
+    """Run the command in this process."""
+    fineweb.main([*arguments, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+
+
+def command(**flags) -> list[str]:
+    """The real command."""
+    return [sys.executable, str(SCRIPT), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tokenizer", ["gigatoken", "tiktoken"])
+def test_parquet_of_odd_documents_becomes_the_plain_loop_s_bytes(tokenizer, tmp_path):
+    ours = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for text in ODD]
+    ours += [None, b"not \xff utf-8 \xed\xa0\x80", None, *(text.encode() for text in documents(1500))]
+    binary = pa.array(ours, pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), len(ours), binary.buffers(), null_count=2)  # as a careless writer does
+    source = write_parquet(tmp_path / "odd[1].parquet", texts, row_group_size=700)
+    prepare(source=source, out=tmp_path / "out", shard_size=300_000, tokenizer=tokenizer)
+    expected = plain(text.decode("utf-8", "replace") for text in ours if text is not None)
+    found = shards(tmp_path / "out")
+    assert np.array_equal(np.concatenate(found), expected)
+    assert [len(shard) for shard in found[:-1]] == [300_000] * (len(expected) // 300_000)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["documents"] == len(ours) - 2 and manifest["tokens"] == len(expected)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_json_lines_of_odd_documents_become_the_plain_loop_s_bytes(suffix, tmp_path):
+    texts = [*ODD, None, *documents(1500)]
+    source = write_jsonl(tmp_path / f"odd.{suffix}", texts)
+    prepare(source=source, out=tmp_path / "out", shard_size=300_000)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(text for text in texts if text is not None))
+
+
+def test_json_lines_with_bom_blank_lines_bad_utf8_and_no_last_newline(tmp_path):
+    source = tmp_path / "raw.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n\n  \n{"body": 1, "text": "bad \xff"}\n{"text": "last"}')
+    prepare(source=source, out=tmp_path / "out", shard_size=4)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(["first", "bad \ufffd", "last"]))
+
+
+def test_tokenize_documents_is_the_plain_loop():
+    texts = ODD + documents(50)
+    assert np.array_equal(fineweb.tokenize_documents(texts), plain(texts))
+    assert fineweb.tokenize_documents([]).size == 0
+
+
+def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(fineweb, "PIECE_BYTES", 10_000)
+    texts = documents(300)
+    prepare(source=write_parquet(tmp_path / "a.parquet", texts), out=tmp_path / "out", shard_size=50_000)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_every_arrow_type_of_text(kind, tmp_path):
+    texts = documents(20)
+    column = pa.array(texts)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
+    prepare(source=write_parquet(tmp_path / "a.parquet", column), out=tmp_path / "out", shard_size=1000)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+
+
+def test_shards_may_end_anywhere_in_and_around_a_document(tmp_path):
+    texts = ["", "one two three four five", "", "six", None, "seven eight nine"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    expected = plain(text for text in texts if text is not None)
+    for size in range(1, len(expected) + 2):
+        prepare(source=source, out=tmp_path / str(size), shard_size=size)
+        found = shards(tmp_path / str(size))
+        assert np.array_equal(np.concatenate(found), expected)
+        assert [len(shard) for shard in found] == [min(size, len(expected) - i) for i in range(0, len(expected), size)]
+        for k in range(len(found)):  # and going on after any of them gives the same
+            folder = tmp_path / f"{size} {k}"
+            shutil.copytree(tmp_path / str(size), folder)
+            min(folder.glob(f"*_{k:06d}.npy")).unlink()
+            prepare(source=source, out=folder, shard_size=size)
+            assert (folder / "manifest.json").read_bytes() == (tmp_path / str(size) / "manifest.json").read_bytes()
+            assert np.array_equal(np.concatenate(shards(folder)), expected)
+    for limit in range(1, len(expected) + 3):
+        prepare(source=source, out=tmp_path / f"limit {limit}", shard_size=5, max_tokens=limit)
+        assert np.array_equal(np.concatenate(shards(tmp_path / f"limit {limit}")), expected[:limit])
+
+
+def test_files_of_a_folder_and_of_a_pattern_are_read_in_order(tmp_path):
+    texts = documents(40)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    write_parquet(tmp_path / "in" / "b.parquet", texts[10:20])
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts[:10])
+    write_jsonl(tmp_path / "in" / "deep" / "c.json.gz", texts[20:])
+    (tmp_path / "in" / "README.md").write_text("not data")
+    (tmp_path / "in" / ".hidden.jsonl").write_text("not data")
+    prepare(source=tmp_path / "in", out=tmp_path / "folder", shard_size=3000)
+    prepare(source=tmp_path / "in" / "**" / "*", out=tmp_path / "pattern", shard_size=3000)
+    for name in ("folder", "pattern"):
+        assert np.array_equal(np.concatenate(shards(tmp_path / name)), plain(texts))
+
+
+def test_two_nodes_write_every_document_once(tmp_path):
+    parts = [documents(25, seed) for seed in range(5)]
+    (tmp_path / "in").mkdir()
+    for i, part in enumerate(parts):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", part)
+    for rank in (1, 0):
+        prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=4000, node_rank=rank, num_nodes=2)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
+    assert [name for name in names if "val" in name] == ["edufineweb_val_000000.npy"]
+    first, second = (plain(text for part in parts[rank::2] for text in part) for rank in (0, 1))
+    train = {f"edufineweb_train_{k:06d}.npy" for k in (*range(1, -(-len(first) // 4000)),
+                                                       *range(10_000, 10_000 - (-len(second) // 4000)))}
+    assert set(names) == train | {"edufineweb_val_000000.npy"}
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), np.concatenate([first, second]))
+    prepare("--verify", out=tmp_path / "out")
+    for rank in (0, 1):
+        prepare(source=tmp_path / "in", out=tmp_path / "few", shard_size=400, max_tokens=5001, node_rank=rank,
+                num_nodes=2)
+    assert sum(map(len, shards(tmp_path / "few"))) == 5001
+    (tmp_path / "out" / "manifest_1_of_2.json").unlink()
+    with pytest.raises(OSError, match="node 1 has not finished"):
+        prepare("--verify", out=tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, full, damaged
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", documents(12_000), row_group_size=500)
+    arguments = dict(source=source, shard_size=60_000, tokenizer="tiktoken")
+    prepare(**arguments, out=tmp_path / "whole")
+    whole = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
+    assert len(whole) > 40
+    rng, out, there = random.Random(3), tmp_path / "killed", 0
+    for kill in range(10):
+        process = subprocess.Popen(command(**arguments, out=out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = there + rng.randrange(1, 4)
+        while sum(1 for _ in out.glob("*.npy")) < wanted and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        there = len(list(out.glob("*.npy")))
+        assert not (out / "manifest.json").exists(), f"kill {kill} came after the end"
+    result = run([*command(**arguments, out=out)[2:]], script=SCRIPT)
+    assert result.returncode == 0 and "of them now" in result.stdout, result.stderr
+    assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for name in whole:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(400))
+    arguments = dict(source=source, out=tmp_path / "out", shard_size=30_000)
+    prepare(**arguments)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    last = sorted(path for path in whole if path.endswith(".npy"))[1]
+    (tmp_path / "out" / last).unlink()
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    result = subprocess.run(command(**arguments), capture_output=True, text=True, preexec_fn=small_disk, timeout=60)
+    assert result.returncode == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: cannot write to") and "go on later with: python fineweb.py --source" in message
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / last).exists()
+    prepare(**arguments)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_a_disk_too_small_is_said_first(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(3))
+    source.write_bytes(source.read_bytes())
+    os.truncate(source, 10**15 // 1000)  # a sparse file of a terabyte
+    result = run([*command(source=source, out=tmp_path / "out")[2:]], script=SCRIPT)
+    if result.returncode == 2 and "has no key" in result.stderr:
+        pytest.skip("this disk has room for it")
+    assert result.returncode == 2 and "GB to write" in result.stdout
+    assert "make room, name another --out, or take less with --max_tokens" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_finds_one_flipped_bit_and_what_is_missing_or_foreign(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "a.jsonl", documents(50)), tmp_path / "out"
+    prepare(source=source, out=out, shard_size=5000)
+    prepare("--verify", out=out)
+    assert "all as they were written" in capsys.readouterr().out
+    victim = out / "edufineweb_train_000001.npy"
+    data = bytearray(victim.read_bytes())
+    for position in (0, 80, 128, len(data) - 1):
+        data[position] ^= 4
+        victim.write_bytes(data)
+        with pytest.raises(OSError, match=r"train_000001\.npy is damaged"):
+            prepare("--verify", out=out)
+        data[position] ^= 4
+    victim.unlink()
+    np.save(out / "stray_train.npy", np.zeros(3, np.uint16))
+    with pytest.raises(OSError, match=r"stray_train.npy is in no manifest, edufineweb_train_000001.npy is missing"):
+        prepare("--verify", out=out)
+    (out / "stray_train.npy").unlink()
+    prepare(source=source, out=out, shard_size=5000)  # writes what is missing
+    prepare("--verify", out=out)
+    for folder in (tmp_path / "none", source.parent):
+        with pytest.raises(OSError, match="is not finished"):
+            prepare("--verify", out=folder)
+
+
+def test_a_finished_folder_is_kept_and_other_settings_are_refused(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "a.jsonl", documents(50)), tmp_path / "out"
+    prepare(source=source, out=out, shard_size=5000)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")}
+    prepare(source=source, out=out, shard_size=5000)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("finished: ")
+    for other in (dict(shard_size=6000), dict(shard_size=5000, max_tokens=100), dict(shard_size=5000, text_column="id"),
+                  dict(shard_size=5000, tokenizer="tiktoken")):
+        with pytest.raises(OSError, match="was made with another"):
+            prepare(**{"source": source, "out": out, **other})
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")}
+    write_jsonl(source, documents(51))
+    (out / "edufineweb_train_000001.npy").unlink()
+    with pytest.raises(UserError, match="have changed since"):
+        prepare(source=source, out=out, shard_size=5000)
+    for path in out.glob("*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="no manifest says what it is"):
+        prepare(source=source, out=out, shard_size=5000)
+
+
+def test_two_of_them_do_not_write_to_one_folder(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(5))
+    with fineweb.hold(fineweb.FineWebConfig(out=str(tmp_path / "out"))):
+        result = run([*command(source=source, out=tmp_path / "out")[2:]], script=SCRIPT)
+    assert result.returncode == 2 and "another fineweb.py is writing" in result.stderr
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(text_column="body"), "no column 'body': choose a --text_column of id: int64, text: string"),
+    (dict(text_column="id"), "column 'id' holds int64, not text"),
+    (dict(source="nothing/here.parquet"), "no .parquet, .jsonl"),
+    (dict(source="*.nothing"), "no .parquet, .jsonl"),
+    (dict(shard_size=0), "--shard_size must be at least 1"),
+    (dict(node_rank=2, num_nodes=2), "--node_rank 2 must be from 0"),
+    (dict(num_nodes=2), "--num_nodes 2 is more than there are files, 1"),
+    (dict(tokenizer="word2vec"), "--tokenizer must be gigatoken or tiktoken"),
+    (dict(bogus=1), "unrecognized arguments: --bogus 1"),
+])
+def test_wrong_flags_end_in_one_line_and_leave_nothing(wrong, message, tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", documents(5))
+    result = run([*command(**{"source": source, "out": tmp_path / "out", **wrong})[2:]], script=SCRIPT, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob("out/*.npy"))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.parquet", b"<html>not found</html>", "Parquet magic bytes not found"),
+    ("a.parquet", b"", "cannot be read"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": broken}\n', "line 2 is not a JSON object"),
+    ("a.jsonl", b'{"text": "fine"}\n["text"]\n', "line 2 is not a JSON object"),
+    ("a.jsonl", b'{"text": "fine"}\n{"txt": ""}\n', "line 2 has no key 'text'"),
+    ("a.jsonl", b'{"text": 5}\n', "line 1 is not a JSON object with a string under 'text'"),
+    ("a.jsonl", b'{"text": null}\n', "there is no text in"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 50)[:-9], "Truncated compressed stream"),
+    ("a.jsonl.zst", b"no zstd at all", "cannot be read"),
+])
+def test_broken_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(source=tmp_path / name, out=tmp_path / "out")
+    assert name in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+FAKE = """
+import awkward
+import numpy as np
+from tokenizer import gpt2_encoding
+
+class Tokenizer:
+    @classmethod
+    def from_tiktoken(cls, *arguments):
+        return cls()
+
+    def encode_batch(self, texts, parallel=None):
+        return awkward.Array([[0] if text == {wrong!r} else gpt2_encoding().encode_ordinary(text)
+                              for text in texts.to_list()])
+"""
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("Hello world", "differ on the text 'Hello world'"),
+    ("not built in", r"differ on row 1000 \(from 0\) of .*a.jsonl: start again with --tokenizer tiktoken"),
+])
+def test_a_tokenizer_that_errs_is_stopped_at_the_document(wrong, message, tmp_path):
+    (tmp_path / "gigatoken.py").write_text(FAKE.format(wrong=wrong))
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", *documents(999), "not built in", *documents(9)])
+    arguments = command(source=source, out=tmp_path / "out", shard_size=1000)[2:]
+    result = run(arguments, script=SCRIPT, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_without_gigatoken_tiktoken_does_it(tmp_path):
+    (tmp_path / "gigatoken.py").write_text("raise ImportError('no gigatoken for this machine')")
+    texts = documents(20)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    result = run(command(source=source, out=tmp_path / "out", shard_size=1000)[2:], script=SCRIPT,
+                 PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 0 and "warning: no gigatoken for this machine: using tiktoken" in result.stderr
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokenizer"] == "tiktoken"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def dataset(tmp_path):
+    """(texts, a folder laid out as a dataset on the hub)."""
+    texts = documents(300)
+    folder = tmp_path / "dataset" / "sample" / "10BT"
+    folder.mkdir(parents=True)
+    write_parquet(folder / "000_00000.parquet", texts[:150], row_group_size=40)
+    write_parquet(folder / "001_00000.parquet", texts[150:], row_group_size=40)
+    (tmp_path / "dataset" / "data").mkdir()
+    write_jsonl(tmp_path / "dataset" / "data" / "x.jsonl.zst", texts[:7])
+    return texts, tmp_path / "dataset"
+
+
+def failing(times: int, what, path_part: str):
+    """Trouble for the first so many requests of paths with that part."""
+    left = [times]
+
+    def trouble(path):
+        left[0] -= path_part in path
+        return what if path_part in path and left[0] >= 0 else None
+
+    return staticmethod(trouble)
+
+
+def test_a_dataset_on_the_hub_is_streamed_and_its_commit_recorded(dataset, tmp_path):
+    texts, folder = dataset
+    with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
+        arguments = command(source="some/texts/sample/10BT", out=tmp_path / "out", shard_size=20_000)[2:]
+        result = run(arguments, script=SCRIPT, **environment)
+        assert result.returncode == 0, result.stderr
+        assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert manifest["revision"] == COMMIT
+        assert manifest["files"][0][0] == f"hf://datasets/some/texts@{COMMIT}/sample/10BT/000_00000.parquet"
+        copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 10_000]
+        assert not copies  # nothing of it is kept twice
+        handler.trouble = staticmethod(lambda path: 500)
+        assert run(arguments, script=SCRIPT, **environment).returncode == 0  # finished: no network is asked
+        handler.trouble = None
+        result = run(command(source=f"some/texts@{COMMIT}/data", out=tmp_path / "json")[2:], script=SCRIPT,
+                     **environment)
+        assert result.returncode == 0, result.stderr
+        assert np.array_equal(np.concatenate(shards(tmp_path / "json")), plain(texts[:7]))
+
+
+@pytest.mark.parametrize("what, where", [(500, "/api/"), (429, "/api/"), ("html", "/api/"), (503, "/resolve/"),
+                                         (429, "/resolve/"), ("cut", "001_00000.parquet"), ("html", "/resolve/")])
+def test_a_network_that_fails_for_a_while_changes_nothing(what, where, dataset, tmp_path):
+    texts, folder = dataset
+    with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
+        handler.trouble = failing(1, what, where)
+        result = run(command(source="some/texts/sample", out=tmp_path / "out", shard_size=20_000)[2:], script=SCRIPT,
+                     **environment)
+        assert result.returncode == 0, result.stderr
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+
+
+@pytest.mark.parametrize("what, where", [(500, "/api/"), (404, "/api/"), ("html", "/api/"), ("cut", "001_00000"),
+                                         ("html", "001_00000")])
+def test_a_network_that_stays_away_is_one_line_with_the_command_that_goes_on(what, where, dataset, tmp_path):
+    texts, folder = dataset
+    with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
+        handler.trouble = staticmethod(lambda path: what if where in path else None)
+        arguments = command(source="some/texts/sample", out=tmp_path / "out", shard_size=20_000, retries=0)[2:]
+        result = run(arguments, script=SCRIPT, **environment)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert "later with: python fineweb.py --source some/texts/sample" in result.stderr.strip().splitlines()[-1]
+        assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / "manifest.json").exists()
+        handler.trouble = None
+        assert run(arguments, script=SCRIPT, **environment).returncode == 0
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+
+
+@pytest.fixture
+def ready_made(tmp_path):
+    """A folder of .bin shards as llm.c writes them, laid out as a dataset on the hub."""
+    folder = tmp_path / "ready"
+    folder.mkdir()
+    for i, split in enumerate(("val", "train", "train")):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 5000
+        tokens = np.random.default_rng(i).integers(0, 50257, 5000).astype(np.uint16)
+        (folder / f"finewebedu_{split}_{i:06d}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    (folder / "README.md").write_text("hello")
+    return folder
+
+
+def test_ready_made_shards_are_fetched_and_verified(ready_made, tmp_path):
+    with hub({"datasets/some/ready": ready_made}, tmp_path / "cache") as (environment, _):
+        result = run(command(download="some/ready", out=tmp_path / "out")[2:], script=SCRIPT, **environment)
+        assert result.returncode == 0, result.stderr
+        for path in ready_made.glob("*.bin"):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        assert not (tmp_path / "out" / "README.md").exists()
+        result = run(command(download="some/ready", out=tmp_path / "part", max_tokens=5001)[2:], script=SCRIPT,
+                     **environment)
+        assert result.returncode == 0, result.stderr
+        assert len(list((tmp_path / "part").glob("*.bin"))) == 2
+    prepare("--verify", out=tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["revision"] == COMMIT and manifest["tokens"] == 15_000
+
+
+@pytest.mark.parametrize("what", ["cut", "html", 500])
+def test_a_download_that_fails_is_not_trusted_and_goes_on(what, ready_made, shard_folder, tmp_path):
+    out = tmp_path / "out"
+    with hub({"datasets/some/ready": ready_made}, tmp_path / "cache") as (environment, handler):
+        handler.trouble = staticmethod(lambda path: what if "train_000002.bin" in path and "resolve" in path else None)
+        arguments = command(download="some/ready", out=out, retries=0)[2:]
+        result = run(arguments, script=SCRIPT, **environment)
+        assert result.returncode == 2 and "--download some/ready" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr and not (out / "manifest.json").exists()
+        refused = run(flags(data=out, out_dir=tmp_path / "log"))
+        assert refused.returncode == 2 and "are not all there" in refused.stderr
+        handler.trouble = None
+        result = run(arguments, script=SCRIPT, **environment)
+        assert result.returncode == 0, result.stderr
+    for path in ready_made.glob("*.bin"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_train_gpt2_runs_on_the_shards(tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", [TEXT[i:i + 3000] for i in range(0, len(TEXT), 3000)])
+    result = run(command(source=source, out=tmp_path / "data", max_tokens=60_000, shard_size=20_000)[2:], script=SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("finished: 60,000 tokens of ")
+    assert "tokens/s" in result.stdout and "3 shards" in result.stdout
+    result = run(flags(data=tmp_path / "data", out_dir=tmp_path / "log", max_steps=3))
+    assert result.returncode == 0, result.stderr
+
+
+def test_everything_in_the_validation_shard_is_warned_of(tmp_path, capsys):
+    prepare(source=write_jsonl(tmp_path / "a.jsonl", documents(5)), out=tmp_path / "out")
+    assert "the only shard is the validation split" in capsys.readouterr().err
