@@ -9,7 +9,7 @@ A document is 50256 (<|endoftext|>) and the GPT-2 tokens of its text; one follow
 files of uint16 with `shard_size` tokens, the last with what is left. Shard 0 is the validation split. Rows with null
 for a text are left out.
 
-Reading, tokenizing and writing overlap, each in threads of its own:
+Reading, tokenizing and writing overlap, in threads:
 
     files -- read_texts --> Texts -- encode_texts --> ids -- write_shards --> shards and manifest.json
 
@@ -28,6 +28,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from base64 import b64encode
@@ -46,9 +47,11 @@ from shards import DataError, Manifest, ShardWriter, open_shard, sha256, verify
 from tokenizer import EOT, SHA256, gpt2_encoding
 
 TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".json": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
-ROWS = 1000  # of a file, read at once
-PIECE_BYTES = 8 << 20  # of text, tokenized at once
-CACHE_LIMIT = 2 << 30  # bytes of memory in use at which gigatoken is made to forget the words it has seen
+ROWS = 250  # of a file, read and tokenized at once: buffers of a few MB are used again, larger ones cost page faults
+PIECE_BYTES = 4 << 20  # of text at most, but for longer documents
+ENOUGH = 8  # threads that tokenize: as many as one that reads can feed
+MEMORY_LIMIT = 2 << 30  # bytes in use at which gigatoken is made to forget the words it has seen,
+CACHE_BYTES = 64 << 20  # those of more than so many bytes of text
 CHECK_EVERY = 1000  # rows: the first of them is compared with tiktoken
 NODE_SHARDS = 10_000  # numbers that a node has for its shards
 HUB = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<folder>.*))?")
@@ -67,7 +70,7 @@ class FineWebConfig:
     shard_size: int = 100_000_000  # tokens a shard; the first shard is the validation split
     max_tokens: int = 0  # tokens to write in all, by all nodes together; 0: every document
     tokenizer: str = "gigatoken"  # gigatoken, or tiktoken: the reference, many times slower
-    num_proc: int = 0  # processor cores that tokenize; 0: all
+    num_proc: int = 0  # threads that tokenize; 0: one a core, at most 8, which is what one reader feeds
     node_rank: int = 0  # which of several machines this is: it takes every num_nodes-th file
     num_nodes: int = 1  # machines that share the work, each with its own --node_rank
     retries: int = 8  # times in a row that a failing network is asked again, after 1, 2, 4 ... 60 seconds
@@ -206,8 +209,8 @@ def read_parquet(name: str, column: str):
     if "://" in name:  # over a network: few and large requests, and one ahead
         cache = pa.CacheOptions(prefetch_limit=1, range_size_limit=128 << 20)
         options["fragment_scan_options"] = pa.dataset.ParquetFragmentScanOptions(cache_options=cache)
-    table = datasets.load_dataset("parquet", data_files=[glob.escape(name)], columns=[column], split="train",
-                                  streaming=True, **options)
+    table = datasets.load_dataset("parquet", data_files=[glob.escape(name)], columns=[column], batch_size=ROWS,
+                                  split="train", streaming=True, **options)
     try:
         for batch in table.with_format("arrow").iter(batch_size=ROWS):
             kind = batch.schema.field(0).type
@@ -294,17 +297,32 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def ahead(iterator, depth: int = 4):
-    """Yield what the iterator yields, made in a thread of its own and up to `depth` ahead."""
+def ahead(items, depth: int = 4):
+    """Yield the items, each fetched by a thread of its own before it is asked for."""
     end, pool = object(), ThreadPoolExecutor(1)
     try:
-        futures = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        futures = deque(pool.submit(next, items, end) for _ in range(depth))
         while (item := futures.popleft().result()) is not end:
-            futures.append(pool.submit(next, iterator, end))
+            futures.append(pool.submit(next, items, end))
             yield item
     finally:
         pool.shutdown(cancel_futures=True)
-        iterator.close()
+        items.close()
+
+
+def in_parallel(function, items, threads: int):
+    """Yield function(item) of each item in order, computed by so many threads."""
+    futures, pool = deque(), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > 2 * threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        items.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,17 +331,15 @@ def ahead(iterator, depth: int = 4):
 
 class Gigatoken:
     """Arrow strings -> (the ids of all, uint32; how many each has), by gigatoken: no Python strings are made, and words
-    seen before are looked up."""
+    seen before are looked up. Each thread has a tokenizer of its own, which shares nothing and waits for none."""
 
-    def __init__(self, num_proc: int):
-        os.environ["RAYON_NUM_THREADS"] = str(num_proc)  # read once, at the first batch of the process
-        self.parallel = num_proc > 2  # with two cores, one is busy with reading and writing
+    def __init__(self):
         import awkward
         import gigatoken
         import psutil
 
         self.awkward, self.gigatoken, self.memory_info = awkward, gigatoken, psutil.Process().memory_info
-        self.load()
+        self.thread = threading.local()
 
     def load(self) -> None:
         """A tokenizer that has seen no words, from the kind of vocabulary file that it reads."""
@@ -331,23 +347,22 @@ class Gigatoken:
             path = Path(folder) / "gpt2.tiktoken"
             ranks = gpt2_encoding()._mergeable_ranks.items()
             path.write_bytes(b"".join(b64encode(token) + b" %d\n" % rank for token, rank in ranks))
-            self.tokenizer = self.gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+            self.thread.tokenizer, self.thread.seen = self.gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}), 0
 
     def __call__(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        if self.memory_info().rss > CACHE_LIMIT:  # its memory of words has no bound of its own
-            self.load()
-        ragged = self.tokenizer.encode_batch(self.awkward.from_arrow(texts), parallel=self.parallel)
+        seen = getattr(self.thread, "seen", math.inf)  # bytes
+        if seen == math.inf or (seen > CACHE_BYTES and self.memory_info().rss > MEMORY_LIMIT):
+            self.load()  # what it remembers of words has no bound of its own
+        self.thread.seen += texts.nbytes
+        ragged = self.thread.tokenizer.encode_batch(self.awkward.from_arrow(texts), parallel=False)
         return self.awkward.to_numpy(self.awkward.flatten(ragged)), self.awkward.to_numpy(self.awkward.num(ragged))
 
 
 class Tiktoken:
     """The same by tiktoken, which defines what is right."""
 
-    def __init__(self, num_proc: int):
-        self.num_proc = num_proc
-
     def __call__(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        ids = gpt2_encoding().encode_ordinary_batch(texts.to_pylist(), num_threads=self.num_proc)
+        ids = [gpt2_encoding().encode_ordinary(text) for text in texts.to_pylist()]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, lengths.sum()), lengths
 
@@ -359,10 +374,10 @@ def make_encoder(config: FineWebConfig):
     """
     import pyarrow as pa
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpt2_encoding()  # made before several threads ask for it
     if config.tokenizer == "gigatoken":
         try:
-            encode = Gigatoken(config.num_proc or cores)
+            encode = Gigatoken()
             ids, lengths = encode(pa.array(TRICKY, pa.large_string()))
             for text, got in zip(TRICKY, np.split(ids, np.cumsum(lengths)[:-1])):
                 if got.tolist() != gpt2_encoding().encode_ordinary(text):
@@ -371,7 +386,7 @@ def make_encoder(config: FineWebConfig):
         except ImportError as error:
             print(f"warning: {error}: using tiktoken, many times slower", file=sys.stderr, flush=True)
             config.tokenizer = "tiktoken"
-    return Tiktoken(config.num_proc or cores)
+    return Tiktoken()
 
 
 def join(ids: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -400,17 +415,15 @@ def tokenize_documents(texts: list[str]) -> np.ndarray:
     return join(*make_encoder(FineWebConfig())(column), np.empty(0, np.uint16))[1]
 
 
-def encode_texts(pieces, encode, files: list[str]):
-    """Yield (file, end, rows, ids, lengths) of each Texts. UserError names a document on which gigatoken and tiktoken
-    differ."""
-    for file, end, rows, texts in pieces:
-        ids, lengths = encode(texts)
-        ends = np.cumsum(lengths)
-        for i in np.flatnonzero(rows % CHECK_EVERY == 0).tolist():
-            if ids[ends[i] - lengths[i]:ends[i]].tolist() != gpt2_encoding().encode_ordinary(texts[i].as_py()):
-                raise UserError(f"gigatoken and tiktoken differ on row {rows[i]} (from 0) of {files[file]}: start "
-                                "again with --tokenizer tiktoken and another --out")
-        yield file, end, rows, ids, lengths
+def encode_texts(piece: Texts, encode, files: list[str]) -> tuple[Texts, np.ndarray, np.ndarray]:
+    """(the same, its ids, how many each document has). UserError names a document on which the tokenizers differ."""
+    ids, lengths = encode(piece.texts)
+    ends = np.cumsum(lengths)
+    for i in np.flatnonzero(piece.rows % CHECK_EVERY == 0).tolist():
+        if ids[ends[i] - lengths[i]:ends[i]].tolist() != gpt2_encoding().encode_ordinary(piece.texts[i].as_py()):
+            raise UserError(f"gigatoken and tiktoken differ on row {piece.rows[i]} (from 0) of {files[piece.file]}: "
+                            "start again with --tokenizer tiktoken and another --out")
+    return piece, ids, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,15 +451,19 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, limit: float
     memory = np.empty(PIECE_BYTES, np.uint16)
 
     def close(shard: ShardWriter, following: Position) -> None:
-        manifest.add(shard.finish() | {"next": following})
+        try:
+            manifest.add(shard.finish() | {"next": following})
+        finally:
+            shard.abandon()  # where it could not be finished
 
     with ThreadPoolExecutor(1) as disk:  # which may take its time over one shard while the next is filled
         try:
-            for file, end, rows, ids, lengths in stream:
-                piece = Tokens(file, end, rows, *join(ids, lengths, memory))
+            for texts, ids, lengths in stream:
+                piece = Tokens(texts.file, texts.end, texts.rows, *join(ids, lengths, memory))
                 while i < len(piece.tokens) and written < limit:
                     if shard is None:
-                        shard, number = ShardWriter(Path(config.out) / shard_name(config, number)), number + 1
+                        path = Path(config.out) / shard_name(config, number)
+                        shard, number = ShardWriter(path, config.shard_size), number + 1
                     end = min(len(piece.tokens), i + config.shard_size - shard.tokens, i + limit - written)
                     begun = int(np.diff(np.searchsorted(piece.starts, [i, end]))[0])
                     shard.write(piece.tokens[i:end], begun)
@@ -498,7 +515,9 @@ def prepare(config: FineWebConfig) -> None:
                             "tokenizer_version": version(config.tokenizer)})
     names = [name for name, _ in mine]
     start = Position(*manifest.shards[-1]["next"]) if manifest.shards else Position(0, 0, 0)
-    stream = ahead(encode_texts(ahead(read_texts(names, start, config)), encode, names))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    stream = in_parallel(functools.partial(encode_texts, encode=encode, files=names),
+                         ahead(read_texts(names, start, config)), config.num_proc or min(cores, ENOUGH))
     with contextlib.closing(stream), progress_bar(expected, before, "tok") as bar:
 
         def report(tokens: int, documents: int, shards: int, file: int) -> None:

@@ -1,7 +1,7 @@
 """Token files: the shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files, checked as they open.
 
     open_tokens(data, split, shuffle)    [(name, tokens), ...] of a folder of shards or of a text file
-    ShardWriter(path)                    a shard that has its name only once it is whole
+    ShardWriter(path, size)              a shard that has its name only once it is whole
     Manifest(folder)                     what the shards in a folder were made of, and their hashes
     verify(folder)                       compares the shards with it
 
@@ -9,6 +9,7 @@ Tokens are uint16 arrays, memory-mapped where they come from shards: opening ten
 """
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import mmap
@@ -98,33 +99,36 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
 
 
 class ShardWriter:
-    """A .npy file of uint16 as np.save writes it, under a temporary name until it is whole."""
+    """A .npy file of uint16 as np.save writes it, under a temporary name until it is whole.
 
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+    It is hashed while it is written, as the shard of `size` tokens that it is expected to become.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.temporary, self.size = path, path.with_name(path.name + ".tmp"), size
         self.tokens = self.documents = 0
         self.file = open(self.temporary, "wb")
-        self._write_header()
-
-    def _write_header(self) -> None:
-        """The header for the tokens so far: numpy pads it to the same 128 bytes for any number of them."""
-        self.file.seek(0)
-        header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
-        np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.write(npy_header(size))
+        self.hash = hashlib.sha256(npy_header(size))
 
     def write(self, tokens: np.ndarray, documents: int) -> None:
         """Append tokens, among which so many documents begin."""
-        self.file.write(tokens.astype("<u2", copy=False).data)
+        data = tokens.astype("<u2", copy=False).data
+        self.file.write(data)
+        self.hash.update(data)
         self.tokens, self.documents = self.tokens + len(tokens), self.documents + documents
 
     def finish(self) -> dict:
         """Give the shard its name once all of it is on the disk -> its record for the manifest."""
-        self._write_header()
+        if self.tokens != self.size:
+            self.file.seek(0)
+            self.file.write(npy_header(self.tokens))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         record = {"name": self.path.name, "documents": self.documents, "tokens": self.tokens,
-                  "bytes": self.temporary.stat().st_size, "sha256": sha256(self.temporary)}
+                  "bytes": self.temporary.stat().st_size,
+                  "sha256": self.hash.hexdigest() if self.tokens == self.size else sha256(self.temporary)}
         replace(self.temporary, self.path)
         return record
 
@@ -133,6 +137,13 @@ class ShardWriter:
         with contextlib.suppress(OSError):
             self.file.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def npy_header(tokens: int) -> bytes:
+    """The header of a .npy file of so many uint16; numpy pads it to the same 128 bytes for any number."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return header.getvalue()
 
 
 def sha256(path: Path) -> str:

@@ -128,7 +128,8 @@ def test_tokenize_documents_is_the_plain_loop():
 
 
 def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(fineweb, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(fineweb, "CACHE_BYTES", 0)
     monkeypatch.setattr(fineweb, "PIECE_BYTES", 10_000)
     texts = documents(300)
     prepare(source=write_parquet(tmp_path / "a.parquet", texts), out=tmp_path / "out", shard_size=50_000)

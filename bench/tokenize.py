@@ -1,0 +1,167 @@
+"""fineweb.py beside the usual recipe, parquet to shards on disk: `python bench/tokenize.py`
+
+The corpus is text that is on any machine, the sources and docs of Python, its packages and the system, in a parquet
+file laid out as FineWeb's are (snappy, row groups of 1,000). Three sides take turns, each a process of its own:
+
+    recipe    load_dataset, then a pool of two processes that tokenize with tiktoken, one document a call; the parent
+              fills shards. load_dataset first copies the corpus into a cache, which is said apart
+    fineweb   python fineweb.py
+    read      the text column, read with pyarrow and dropped: the ceiling
+
+Start-up is what the same side takes on a file of one document, and is not in its seconds. Medians of the runs.
+"""
+import os
+import sys
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # bench/ would hide Python's tokenize
+
+import json
+import multiprocessing
+import random
+import shutil
+import statistics
+import subprocess
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runlog import UserError, parse_flags, run_command
+from tokenizer import EOT, gpt2_encoding
+
+SHARD_SIZE = 100_000_000  # tokens
+FOLDERS = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/include", "/usr/lib")
+SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".hpp", ".c", ".pm", ".pl")
+
+
+@dataclass
+class BenchConfig:
+    """Every field is a flag."""
+
+    megabytes: int = 800  # of text in the corpus, or as much as the machine has
+    runs: int = 3  # of each side, in turn
+    side: str = ""  # internal: the side that this process is
+    corpus: str = ""  # internal: the parquet file it reads
+    out: str = ""  # internal: the folder it writes to
+
+
+def write_corpus(path: Path, megabytes: int) -> tuple[int, int]:
+    """Text files of this machine as a parquet file, in an order that is shuffled and fixed -> (documents, bytes)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = sorted(path for folder in FOLDERS for path in Path(folder).rglob("*") if path.suffix in SUFFIXES)
+    random.Random(0).shuffle(found)
+    texts, size = [], 0
+    for file in found:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if size < megabytes * 10**6 and 200 < len(text) < 10**6 and not file.is_symlink():
+            texts.append(text)
+            size += len(text.encode())
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000)
+    pq.write_table(pa.table({"text": texts[:1]}), path.with_name("one.parquet"))
+    return len(texts), size
+
+
+def tokenize(row: dict) -> np.ndarray:
+    """A row with a text -> its tokens, as each process of the recipe's pool makes them."""
+    tokens = np.array([EOT, *gpt2_encoding().encode_ordinary(row["text"])])
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def recipe(corpus: Path, out: Path) -> None:
+    """The usual recipe."""
+    import datasets
+
+    started = time.perf_counter()
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("parquet", data_files=str(corpus), split="train", cache_dir=str(out / "cache"))
+    (out / "copied").write_text(str(time.perf_counter() - started))
+    shard, filled, number = np.empty(SHARD_SIZE, np.uint16), 0, 0
+    with multiprocessing.Pool(2) as pool:
+        for tokens in pool.imap(tokenize, rows, chunksize=16):
+            while filled + len(tokens) >= SHARD_SIZE:
+                room = SHARD_SIZE - filled
+                shard[filled:] = tokens[:room]
+                np.save(out / f"{number:06d}.npy", shard)
+                tokens, filled, number = tokens[room:], 0, number + 1
+            shard[filled:filled + len(tokens)] = tokens
+            filled += len(tokens)
+    if filled:
+        np.save(out / f"{number:06d}.npy", shard[:filled])
+
+
+def read(corpus: Path) -> None:
+    """The column, read and dropped."""
+    import pyarrow.parquet as pq
+
+    for _ in pq.ParquetFile(corpus).iter_batches(columns=["text"], batch_size=1000):
+        pass
+
+
+def seconds(side: str, corpus: Path, out: Path) -> float:
+    """How long a side takes on a corpus, as a process of its own."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    if side == "fineweb":
+        script = Path(__file__).parent.parent / "fineweb.py"
+        command = [sys.executable, str(script), "--source", str(corpus), "--out", str(out)]
+    else:
+        command = [sys.executable, __file__, "--side", side, "--corpus", str(corpus), "--out", str(out)]
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def main(config: BenchConfig) -> None:
+    """Print the table and one JSON line."""
+    if config.side == "recipe":
+        return recipe(Path(config.corpus), Path(config.out))
+    if config.side == "read":
+        return read(Path(config.corpus))
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as folder:
+        folder = Path(folder).resolve()
+        corpus = folder / "corpus.parquet"
+        documents, size = write_corpus(corpus, config.megabytes)
+        times, copied = {side: {"startup": [], "seconds": []} for side in ("recipe", "fineweb", "read")}, []
+        for _ in range(config.runs):
+            for side, taken in times.items():
+                taken["startup"].append(seconds(side, folder / "one.parquet", folder / side))
+                taken["seconds"].append(seconds(side, corpus, folder / side) - taken["startup"][-1])
+            copied.append(float((folder / "recipe" / "copied").read_text()))
+        ours, theirs = (sorted((folder / side).glob("*.npy"), key=lambda path: path.name[-10:])
+                        for side in ("fineweb", "recipe"))
+        same = [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+        tokens = sum(np.load(path, mmap_mode="r").size for path in ours)
+    middle = {side: {what: statistics.median(values) for what, values in taken.items()}
+              for side, taken in times.items()}
+    print(f"{documents:,} documents, {size / 1e6:,.0f} MB of text, {tokens:,} tokens; {os.cpu_count()} cores; "
+          f"same bytes: {'yes' if same else 'NO'}")
+    print(f"{'side':>8} {'start-up s':>11} {'seconds':>8} {'each run':>22} {'M tokens/s':>11} {'MB/s':>6} "
+          f"{'x recipe':>9}")
+    for side, taken in middle.items():
+        runs = " ".join(f"{value:.2f}" for value in times[side]["seconds"])
+        print(f"{side:>8} {taken['startup']:>11.2f} {taken['seconds']:>8.2f} {runs:>22} "
+              f"{tokens / taken['seconds'] / 1e6:>11.1f} {size / taken['seconds'] / 1e6:>6.0f} "
+              f"{middle['recipe']['seconds'] / taken['seconds']:>9.1f}")
+    ratio, share = (middle[side]["seconds"] / middle["fineweb"]["seconds"] for side in ("recipe", "read"))
+    copy = statistics.median(copied)
+    bare = (middle["recipe"]["seconds"] - copy) / middle["fineweb"]["seconds"]
+    print(f"fineweb.py: {ratio:.1f} times the usual recipe ({bare:.1f} times without the {copy:.2f} s of its "
+          f"load_dataset), {share:.0%} of the bare read's speed")
+    print(json.dumps({"bench": "tokenize", "tokens": tokens, "bytes": size, "same_bytes": same, "times": times,
+                      "recipe_copy": copied, "times_recipe": ratio, "share_of_read": share}))
+    if not same:
+        raise UserError("fineweb.py and the recipe wrote different bytes")
+
+
+if __name__ == "__main__":
+    run_command(main, BenchConfig(**parse_flags(BenchConfig, sys.argv[1:], __doc__.splitlines()[0])))
