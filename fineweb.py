@@ -42,11 +42,11 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-from runlog import UserError, parse_flags, plural, run_command
+from runlog import UserError, parse_flags, plural, print0, run_command
 from shards import DataError, Manifest, ShardWriter, open_shard, sha256, verify
 from tokenizer import EOT, SHA256, gpt2_encoding
 
-TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".json": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
+TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
 ROWS = 250  # of a file, read and tokenized at once: buffers of a few MB are used again, larger ones cost page faults
 PIECE_BYTES = 4 << 20  # of text at most, but for longer documents
 ENOUGH = 8  # threads that tokenize: as many as one that reads can feed
@@ -54,6 +54,7 @@ MEMORY_LIMIT = 2 << 30  # bytes in use at which gigatoken is made to forget the 
 CACHE_BYTES = 64 << 20  # those of more than so many bytes of text
 CHECK_EVERY = 1000  # rows: the first of them is compared with tiktoken
 NODE_SHARDS = 10_000  # numbers that a node has for its shards
+ENDING = threading.Event()  # wakes a thread that waits for the network when nobody waits for the thread
 HUB = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<folder>.*))?")
 TRICKY = ("", " ", "\0", "a", "Hello world", "don't WE'LL I'm it's", "<|endoftext|> is text", " two\n\n\n  three \t",
           "0123456789 3.14 1e-5 \u00bd \u0663", "na\u00efve \u00c4\u00d6\u00dc \u00df", "\u4f60\u597d\u4e16\u754c",
@@ -130,9 +131,10 @@ def find_files(config: FineWebConfig) -> tuple[list[list], str | None]:
     """
     source, hub = Path(config.source), HUB.fullmatch(config.source)
     if source.exists() or not hub or is_data(hub["repository"]):
-        paths = source.rglob("*") if source.is_dir() else map(Path, glob.glob(config.source, recursive=True))
+        paths = source.rglob("[!.]*") if source.is_dir() else map(Path, glob.glob(config.source, recursive=True))
         paths = [source] if source.is_file() else paths  # its name may look like a pattern
-        found, commit = [[path.as_posix(), path.stat().st_size] for path in paths if path.is_file()], None
+        once = {path.resolve(): path for path in sorted(paths) if path.is_file() and not is_hidden(path, source)}
+        found, commit = [[path.as_posix(), path.stat().st_size] for path in once.values()], None
     else:
         listing = functools.partial(list_hub, **hub.groupdict())
         found, commit = patiently(config, f"list {config.source} on the Hugging Face hub", listing)
@@ -144,7 +146,12 @@ def find_files(config: FineWebConfig) -> tuple[list[list], str | None]:
 
 def is_data(name: str) -> bool:
     """Whether files of that name are read; others in a folder are left alone."""
-    return re.search(r"(^|/)[^./][^/]*\.(parquet|jsonl?(\.gz|\.zst)?)$", name) is not None
+    return re.search(r"(^|/)[^./][^/]*\.(parquet|jsonl|jsonl?\.(gz|zst))$", name) is not None
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder is in a hidden folder there, as editors and caches make them."""
+    return folder in path.parents and any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def list_hub(repository: str, revision: str | None, folder: str | None) -> tuple[list[list], str]:
@@ -209,12 +216,14 @@ def read_parquet(name: str, column: str):
     if "://" in name:  # over a network: few and large requests, and one ahead
         cache = pa.CacheOptions(prefetch_limit=1, range_size_limit=128 << 20)
         options["fragment_scan_options"] = pa.dataset.ParquetFragmentScanOptions(cache_options=cache)
-    table = datasets.load_dataset("parquet", data_files=[glob.escape(name)], columns=[column], batch_size=ROWS,
-                                  split="train", streaming=True, **options)
+    path = glob.escape(name if "://" in name else os.path.abspath(name))
+    table = datasets.load_dataset("parquet", data_files=[path], columns=[column], batch_size=ROWS, split="train",
+                                  streaming=True, **options)
     try:
         for batch in table.with_format("arrow").iter(batch_size=ROWS):
             kind = batch.schema.field(0).type
-            if getattr(kind, "value_type", kind) not in (pa.string(), pa.large_string(), pa.string_view()):
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
                 raise UserError(f"column {column!r} holds {kind}, not text: choose another --text_column")
             yield from batch.column(0).cast(pa.large_binary()).chunks
     except pa.ArrowInvalid as error:
@@ -234,7 +243,7 @@ def read_jsonl(name: str, column: str):
     import pyarrow as pa
 
     codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
-    with fsspec.open(name, "rb") as raw:
+    with fsspec.open(name, "rb") if "://" in name else open(name, "rb") as raw:
         lines = enumerate(io.BufferedReader(pa.CompressedInputStream(raw, codec), 1 << 20) if codec else raw, start=1)
         while batch := list(itertools.islice(lines, ROWS)):
             yield pa.array([text_of(line, number, column) for number, line in batch], pa.large_binary())
@@ -261,11 +270,13 @@ def as_utf8(text: str) -> bytes:
 
 
 def as_strings(column):
-    """Arrow binary -> large strings; what is not UTF-8 becomes U+FFFD as in Python's bytes.decode(errors="replace")."""
+    """Arrow binary without nulls -> large strings; what is not UTF-8 becomes U+FFFD, as bytes.decode replaces it."""
     import pyarrow as pa
 
     try:
-        return column.cast(pa.large_string())
+        texts = column.cast(pa.large_string())
+        # no validity bitmap: a slice may still have that of its parent, for which gigatoken panics
+        return pa.Array.from_buffers(texts.type, len(texts), [None, *texts.buffers()[1:]], 0, texts.offset)
     except pa.ArrowInvalid:
         return pa.array([text.decode("utf-8", "replace") for text in column.to_pylist()], pa.large_string())
 
@@ -281,13 +292,17 @@ def patiently(config: FineWebConfig, what: str, action):
 
 def wait_or_give_up(failures: int, config: FineWebConfig, what: str, error: Exception) -> None:
     """After `failures` in a row wait 1, 2, 4 ... 60 seconds, or raise UserError with the command that goes on."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     status = getattr(getattr(error, "response", None), "status_code", 500)
-    if failures > config.retries or (400 <= status < 500 and status not in (408, 429)):  # these two pass
+    hopeless = isinstance(error, OfflineModeIsEnabled) or (400 <= status < 500 and status not in (408, 429))
+    if failures > config.retries or hopeless:
         raise UserError(f"cannot {what}: {explain(error)}; go on later with: {config.command}") from error
     seconds = min(60, 2 ** (failures - 1))
     print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {config.retries})",
           file=sys.stderr, flush=True)
-    time.sleep(seconds)
+    if ENDING.wait(seconds):
+        raise UserError("interrupted")
 
 
 def explain(error: Exception) -> str:
@@ -306,6 +321,7 @@ def ahead(items, depth: int = 4):
             futures.append(pool.submit(next, items, end))
             yield item
     finally:
+        ENDING.set()
         pool.shutdown(cancel_futures=True)
         items.close()
 
@@ -446,7 +462,8 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, limit: float
     file) with the numbers so far.
     """
     written, documents, number = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
-    i = manifest.shards[-1]["next"][2] if number else 0  # tokens of the first document that an earlier run has written
+    start = Position(*manifest.shards[-1]["next"]) if number else Position(0, 0, 0)
+    i = start.offset  # tokens of the first document that an earlier run has written
     shard, closing = None, None
     memory = np.empty(PIECE_BYTES, np.uint16)
 
@@ -460,6 +477,8 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, limit: float
         try:
             for texts, ids, lengths in stream:
                 piece = Tokens(texts.file, texts.end, texts.rows, *join(ids, lengths, memory))
+                if i and (texts.rows[:1].tolist() != [start.row] or i > lengths[0]):
+                    raise UserError(f"{config.source} is not what {config.out} was begun with: choose another --out")
                 while i < len(piece.tokens) and written < limit:
                     if shard is None:
                         path = Path(config.out) / shard_name(config, number)
@@ -509,6 +528,7 @@ def prepare(config: FineWebConfig) -> None:
         limit = config.max_tokens * (config.node_rank + 1) // config.num_nodes
         limit -= config.max_tokens * config.node_rank // config.num_nodes
     before, started = manifest.total("tokens"), time.perf_counter()
+    ENDING.clear()
     expected = min(limit, max(before, estimate(mine)))
     check_disk(config, 2 * (expected - before), f"{len(mine)} {plural(len(mine), 'file')} of {config.source}")
     manifest.begin(known | {"revision": commit, "files": files, "tokenizer_sha256": SHA256,
@@ -566,6 +586,8 @@ def download(config: FineWebConfig) -> None:
     wanted = []
     for entry in sorted(entries, key=lambda entry: ("val" not in entry.path, entry.path)):
         if not config.max_tokens or sum(shard["tokens"] for shard in wanted) < config.max_tokens:
+            if entry.lfs is None:
+                raise UserError(f"the hub has no sha256 of {entry.path} in {config.download}, so it cannot be trusted")
             wanted.append({"name": entry.path, "documents": 0, "tokens": (entry.size - 1024) // 2, "bytes": entry.size,
                            "sha256": entry.lfs.sha256})
     if not wanted:
@@ -610,7 +632,7 @@ def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
 def check_disk(config: FineWebConfig, needed: int, what: str) -> None:
     """Say how many bytes will be written; UserError where the disk has not that many."""
     free = shutil.disk_usage(config.out).free
-    print(f"{what}: {needed / 1e9:,.3g} GB to write to {config.out}, {free / 1e9:,.3g} GB free there", flush=True)
+    print0(f"{what}: {needed / 1e9:,.3g} GB to write to {config.out}, {free / 1e9:,.3g} GB free there")
     if needed > free:
         raise UserError(f"{config.out} needs {needed / 1e9:,.3g} GB and its disk has {free / 1e9:,.3g} GB free: make "
                         "room, name another --out, or take less with --max_tokens")
@@ -631,13 +653,14 @@ def say_finished(config: FineWebConfig, manifest: Manifest, before: int = 0, sec
     line += f" in {shards} {plural(shards, 'shard')} in {config.out}"
     if tokens > before and seconds:
         line += f"; {tokens - before:,} of them now, in {seconds:.1f} s: {(tokens - before) / seconds:,.0f} tokens/s"
-    print(line, flush=True)
+    print0(line)
 
 
 @contextlib.contextmanager
 def hold(config: FineWebConfig):
     """Make --out and keep other processes from writing the same shards. UserError where one does."""
     folder = Path(config.out)
+    ours = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / f".lock{config.node_rank}")
@@ -651,12 +674,13 @@ def hold(config: FineWebConfig):
     except DataError:
         raise
     except OSError as error:  # a full disk, first of all
-        raise UserError(f"cannot write to {folder}: {explain(error)}; whole shards are kept, go on later with: "
-                        f"{config.command}") from error
+        raise UserError(f"{explain(error)}; the whole shards in {folder} are kept, go on later with: {config.command}"
+                        ) from error
     finally:
-        if os.listdir(folder) == [Path(lock.lock_file).name]:  # nothing came of it
-            os.unlink(lock.lock_file)
-            folder.rmdir()
+        with contextlib.suppress(OSError):
+            if ours and os.listdir(folder) == [Path(lock.lock_file).name]:  # nothing came of it
+                os.unlink(lock.lock_file)
+                folder.rmdir()
         lock.release()
 
 
@@ -664,8 +688,12 @@ def main(argv: list[str]) -> None:
     """Run the command with these flags."""
     config = FineWebConfig(**parse_flags(FineWebConfig, argv, "Prepare token shards for train_gpt2.py; the same "
                                          "command again goes on. Without flags: FineWeb-Edu, 10 billion tokens."))
-    if config.shard_size < 1 or min(config.max_tokens, config.num_proc, config.retries) < 0:
-        raise UserError("--shard_size must be at least 1; --max_tokens, --num_proc and --retries at least 0")
+    if not 0 < config.shard_size < 2**40 or min(config.max_tokens, config.num_proc, config.retries) < 0:
+        raise UserError("--shard_size must be from 1 to 2**40; --max_tokens, --num_proc and --retries at least 0")
+    if not config.source or not config.out:
+        raise UserError("--source and --out must not be empty")
+    if 0 < config.max_tokens < config.num_nodes:
+        raise UserError(f"--max_tokens {config.max_tokens} leaves nothing for some of --num_nodes {config.num_nodes}")
     if not 0 <= config.node_rank < config.num_nodes:
         raise UserError(f"--node_rank {config.node_rank} must be from 0 to --num_nodes {config.num_nodes} - 1")
     if config.tokenizer not in ("gigatoken", "tiktoken"):
@@ -681,6 +709,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed with >&-
     code = 0
     try:
         run_command(main, sys.argv[1:])
@@ -689,6 +718,7 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # Arrow's threads may hold a file of Python's, and Python's own exit would wait for them for ever

@@ -237,5 +237,5 @@ class RunLog:
         print0(f"finished: validation loss {val_loss:.4f} after {step:,} steps and {tokens:,} tokens, {took} since the "
                f"start; checkpoints and log.jsonl in {self.config.out_dir}")
         if Path(self.config.data).name == "input.txt":
-            print0("this was a small text; for GPT-2 124M itself put token shards of FineWeb-Edu into edu_fineweb10B/ "
-                   "and run python train_gpt2.py again")
+            print0("this was a small text; for GPT-2 124M itself run python fineweb.py, which puts 10 billion tokens "
+                   "of FineWeb-Edu into edu_fineweb10B/, and python train_gpt2.py again, on a GPU")

@@ -183,14 +183,16 @@ class Manifest:
     def is_whole(self, shard: dict) -> bool:
         """Whether a recorded shard is there and of the right size."""
         path = self.folder / shard["name"]
-        return path.exists() and path.stat().st_size == shard["bytes"]
+        return path.is_file() and path.stat().st_size == shard["bytes"]
 
     def require(self, settings: dict) -> None:
-        """DataError where the folder was made with other settings."""
-        for name, value in settings.items():
-            if self.values and self.values.get(name) != value:
-                raise DataError(f"{self.folder} was made with another {name}, {self.values.get(name)!r} not {value!r}: "
-                                "choose another --out, or the settings of before")
+        """DataError where the folder was made with other settings, by this node or by another one."""
+        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
+            record = read_record(path)
+            for name, value in settings.items():
+                if record.get(name) != value and (name != "node_rank" or path in (self.progress, self.finished)):
+                    raise DataError(f"{self.folder} was made with another {name}, {record.get(name)!r} not {value!r}: "
+                                    "choose another --out, or the settings of before")
 
     def begin(self, values: dict) -> None:
         """Record that shards are missing, before any is written."""
@@ -227,9 +229,15 @@ def read_record(path: Path) -> dict:
     """The contents of a manifest; DataError where it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [(values["node_rank"], int), (values["num_nodes"], int), (values["shards"], list)]
         for shard in values["shards"]:
-            if not {"name", "documents", "tokens", "bytes", "sha256"} <= shard.keys():
-                raise ValueError(f"the record {shard} is not whole")
+            kinds += [(shard["name"], str), (shard["sha256"], str)]
+            kinds += [(number, int) for number in (shard["documents"], shard["tokens"], shard["bytes"])]
+            kinds += [(number, int) for number in (*shard.get("next", (0, 0, 0)), 0)[:4]]
+            if Path(shard["name"]).name != shard["name"] or len(shard.get("next", (0, 0, 0))) != 3:
+                raise ValueError(f"bad record {shard}")
+        if not all(isinstance(value, kind) for value, kind in kinds):
+            raise TypeError("a value is of the wrong kind")
         return values
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
@@ -246,11 +254,14 @@ def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
     records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
     shards = {shard["name"]: shard for record in records for shard in record["shards"]}
     nodes = {record["node_rank"] for record in records}
+    for name in sorted(set().union(*records) - {"node_rank", "shards", "documents", "tokens"}):
+        if any(record.get(name) != records[0].get(name) for record in records):
+            raise DataError(f"{folder}: the nodes differ in {name}: give each the same settings and source")
     wrong = [f"node {node} has not finished" for node in range(records[0]["num_nodes"]) if node not in nodes]
     wrong += [f"{path.name} is in no manifest" for path in sorted(folder.iterdir())
               if path.suffix in (".npy", ".bin") and path.name not in shards]
     for name, shard in shards.items():
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             wrong.append(f"{name} is missing")
         elif sha256(folder / name) != shard["sha256"]:
             wrong.append(f"{name} is damaged")

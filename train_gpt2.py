@@ -1,6 +1,7 @@
 """GPT-2 (124M) from scratch, aiming at OpenAI's own 3.29 nats on FineWeb-Edu in 19,073 steps of 524,288 tokens.
 
-    python train_gpt2.py                                      # one GPU; without token shards, a demo for two CPU cores
+    python fineweb.py                                         # the data: 10 billion tokens into edu_fineweb10B/
+    python train_gpt2.py                                      # one GPU; without the data, a demo for two CPU cores
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # eight GPUs, the same experiment
     python train_gpt2.py --help                               # every number below is a flag
 

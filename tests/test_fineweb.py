@@ -136,6 +136,20 @@ def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
 
 
+def test_nulls_and_empty_texts_anywhere_in_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "PIECE_BYTES", 400)
+    rng = random.Random(1)
+    texts = [rng.choice([None, "", text[:rng.randrange(1, 90)]]) for text in documents(600)]
+    source = write_parquet(tmp_path / "a.parquet", texts)
+    expected = plain(text for text in texts if text is not None)
+    prepare(source=source, out=tmp_path / "out", shard_size=50)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
+    for k in rng.sample(range(len(expected) // 50), 12):  # going on in the middle of a piece, too
+        (tmp_path / "out" / fineweb.shard_name(fineweb.FineWebConfig(), k)).unlink()
+        prepare(source=source, out=tmp_path / "out", shard_size=50)
+        assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
+
+
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
 def test_every_arrow_type_of_text(kind, tmp_path):
     texts = documents(20)
@@ -173,6 +187,10 @@ def test_files_of_a_folder_and_of_a_pattern_are_read_in_order(tmp_path):
     write_jsonl(tmp_path / "in" / "a.jsonl", texts[:10])
     write_jsonl(tmp_path / "in" / "deep" / "c.json.gz", texts[20:])
     (tmp_path / "in" / "README.md").write_text("not data")
+    (tmp_path / "in" / "dataset_info.json").write_text("not data")
+    (tmp_path / "in" / "again.jsonl").symlink_to(tmp_path / "in" / "a.jsonl")
+    (tmp_path / "in" / ".cache").mkdir()
+    (tmp_path / "in" / ".cache" / "old.jsonl").write_text("not data")
     (tmp_path / "in" / ".hidden.jsonl").write_text("not data")
     prepare(source=tmp_path / "in", out=tmp_path / "folder", shard_size=3000)
     prepare(source=tmp_path / "in" / "**" / "*", out=tmp_path / "pattern", shard_size=3000)
@@ -199,6 +217,8 @@ def test_two_nodes_write_every_document_once(tmp_path):
         prepare(source=tmp_path / "in", out=tmp_path / "few", shard_size=400, max_tokens=5001, node_rank=rank,
                 num_nodes=2)
     assert sum(map(len, shards(tmp_path / "few"))) == 5001
+    with pytest.raises(OSError, match="was made with another shard_size"):  # by the other node
+        prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=300, node_rank=0, num_nodes=2)
     (tmp_path / "out" / "manifest_1_of_2.json").unlink()
     with pytest.raises(OSError, match="node 1 has not finished"):
         prepare("--verify", out=tmp_path / "out")
@@ -247,7 +267,7 @@ def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     result = subprocess.run(command(**arguments), capture_output=True, text=True, preexec_fn=small_disk, timeout=60)
     assert result.returncode == 2
     message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("error: cannot write to") and "go on later with: python fineweb.py --source" in message
+    assert "File too large; the whole shards in" in message and "later with: python fineweb.py --source" in message
     assert "Traceback" not in result.stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / last).exists()
     prepare(**arguments)
@@ -312,6 +332,43 @@ def test_a_finished_folder_is_kept_and_other_settings_are_refused(tmp_path, caps
         prepare(source=source, out=out, shard_size=5000)
 
 
+@pytest.mark.parametrize("record", [
+    "not json", "{}", '{"shards": []}', '{"shards": {}, "node_rank": 0, "num_nodes": 1}',
+    *(json.dumps({"node_rank": 0, "num_nodes": 1, "shards": [{"documents": 1, "tokens": 1, "sha256": "", **rest}]})
+      for rest in ({"name": 3, "bytes": 1}, {"name": "../a", "bytes": 1}, {"name": "a", "bytes": "x"})),
+])
+def test_a_damaged_manifest_is_named(record, tmp_path):
+    source, out = write_jsonl(tmp_path / "a.jsonl", documents(5)), tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(record)
+    for arguments in (["--verify"], ["--source", str(source)]):
+        with pytest.raises(OSError, match=r"manifest.json is damaged"):
+            prepare(*arguments, out=out)
+
+
+def test_a_source_that_changed_is_noticed(tmp_path):
+    source, out = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 9), tmp_path / "out"
+    prepare(source=source, out=out, shard_size=7)
+    source.write_bytes(source.read_bytes().replace(b"one two three four", b"information system"))
+    (out / "edufineweb_train_000002.npy").unlink()
+    with pytest.raises(UserError, match=r"is not what .* was begun with"):
+        prepare(source=source, out=out, shard_size=7)
+
+
+def test_ctrl_c_ends_it_while_it_waits_for_the_network(dataset, tmp_path):
+    _, folder = dataset
+    with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
+        handler.trouble = staticmethod(lambda path: "html" if "/resolve/" in path else None)
+        process = subprocess.Popen(command(source="some/texts/sample", out=tmp_path / "out"), stderr=subprocess.PIPE,
+                                   text=True, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+        while "trying again in 4 s" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert "error: interrupted" in process.communicate(timeout=30)[1]
+        assert process.returncode == 130 and time.monotonic() - started < 3
+
+
 def test_two_of_them_do_not_write_to_one_folder(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(5))
     with fineweb.hold(fineweb.FineWebConfig(out=str(tmp_path / "out"))):
@@ -324,10 +381,14 @@ def test_two_of_them_do_not_write_to_one_folder(tmp_path):
     (dict(text_column="id"), "column 'id' holds int64, not text"),
     (dict(source="nothing/here.parquet"), "no .parquet, .jsonl"),
     (dict(source="*.nothing"), "no .parquet, .jsonl"),
-    (dict(shard_size=0), "--shard_size must be at least 1"),
+    (dict(shard_size=0), "--shard_size must be from 1"),
     (dict(node_rank=2, num_nodes=2), "--node_rank 2 must be from 0"),
     (dict(num_nodes=2), "--num_nodes 2 is more than there are files, 1"),
     (dict(tokenizer="word2vec"), "--tokenizer must be gigatoken or tiktoken"),
+    (dict(source=""), "--source and --out must not be empty"),
+    (dict(max_tokens=1, num_nodes=2), "leaves nothing for some"),
+    (dict(shard_size=2**40), "--shard_size must be from 1"),
+    (dict(source="some/typo"), "cannot list some/typo on the Hugging Face hub"),
     (dict(bogus=1), "unrecognized arguments: --bogus 1"),
 ])
 def test_wrong_flags_end_in_one_line_and_leave_nothing(wrong, message, tmp_path):
