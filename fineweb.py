@@ -46,6 +46,7 @@ from runlog import UserError, parse_flags, plural, print0, run_command
 from shards import DataError, Manifest, ShardWriter, open_shard, sha256, verify
 from tokenizer import EOT, SHA256, gpt2_encoding
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
 ROWS = 250  # of a file, read and tokenized at once: buffers of a few MB are used again, larger ones cost page faults
 PIECE_BYTES = 4 << 20  # of text at most, but for longer documents
@@ -65,7 +66,7 @@ TRICKY = ("", " ", "\0", "a", "Hello world", "don't WE'LL I'm it's", "<|endoftex
 class FineWebConfig:
     """What a run of this script does: every field is a flag."""
 
-    source: str = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"  # OWNER/NAME[@REVISION][/FOLDER] on the Hugging Face hub, or a local file, folder or quoted pattern of .parquet, .jsonl, .jsonl.gz, .jsonl.zst  # noqa: E501
+    source: str = FINEWEB_EDU  # OWNER/NAME[@REVISION][/FOLDER] on the hub; or a local file, folder or quoted pattern
     text_column: str = "text"  # column, or key in each JSON line, that holds the text
     out: str = "edu_fineweb10B"  # folder for the shards
     shard_size: int = 100_000_000  # tokens a shard; the first shard is the validation split
