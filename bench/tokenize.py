@@ -12,7 +12,7 @@ Start-up is what the same side takes on a file of one document, and is not in it
 
 What bounds fineweb.py on two cores: both are busy from the first batch to the last. perf's shares of a whole run:
 gigatoken 38 %, the kernel 21 % (page faults, the page cache), Python 13 % (mostly imports), Arrow's reader 9 %, copying
-7 %, sha256 6 %, numpy 2 %, tiktoken's checks 1 %. What helped: a tokenizer a thread instead of one shared by two threads (it
+7 %, sha256 6 %, numpy 2 %, tiktoken's checks 1 %. What helped: a tokenizer a thread instead of one shared by two (it
 holds a lock), read buffers of a few MB instead of 12 (half the page faults), hashing while writing.
 """
 import os
