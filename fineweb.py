@@ -700,8 +700,8 @@ def main(argv: list[str]) -> None:
     if config.tokenizer not in ("gigatoken", "tiktoken"):
         raise UserError(f"--tokenizer must be gigatoken or tiktoken, not {config.tokenizer!r}")
     if config.verify:
-        bytes_there = sum(path.stat().st_size for path in Path(config.out).glob("*.[nb][pi][yn]"))
-        with progress_bar(bytes_there, 0, "B") as bar:
+        found = [path for path in Path(config.out).glob("*") if path.suffix in (".npy", ".bin")]
+        with progress_bar(sum(path.stat().st_size for path in found), 0, "B") as bar:
             shards, tokens = verify(config.out, bar.update)
         print(f"verified: {shards} {plural(shards, 'shard')}, {tokens:,} tokens, all as they were written")
     else:
