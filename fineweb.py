@@ -343,7 +343,7 @@ def in_parallel(function, items, threads: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Tokenizing: Texts -> Tokens
+# 2. Tokenizing: Texts -> ids
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Gigatoken:
@@ -359,7 +359,7 @@ class Gigatoken:
         self.thread = threading.local()
 
     def load(self) -> None:
-        """A tokenizer that has seen no words, from the kind of vocabulary file that it reads."""
+        """Give this thread a tokenizer that has seen no bytes, from the kind of vocabulary file that it reads."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "gpt2.tiktoken"
             ranks = gpt2_encoding()._mergeable_ranks.items()
@@ -367,11 +367,11 @@ class Gigatoken:
             self.thread.tokenizer, self.thread.seen = self.gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}), 0
 
     def __call__(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        seen = getattr(self.thread, "seen", math.inf)  # bytes
-        if seen == math.inf or (seen > CACHE_BYTES and self.memory_info().rss > MEMORY_LIMIT):
+        thread = self.thread
+        if not hasattr(thread, "tokenizer") or (thread.seen > CACHE_BYTES and self.memory_info().rss > MEMORY_LIMIT):
             self.load()  # what it remembers of words has no bound of its own
-        self.thread.seen += texts.nbytes
-        ragged = self.thread.tokenizer.encode_batch(self.awkward.from_arrow(texts), parallel=False)
+        thread.seen += texts.nbytes
+        ragged = thread.tokenizer.encode_batch(self.awkward.from_arrow(texts), parallel=False)
         return self.awkward.to_numpy(self.awkward.flatten(ragged)), self.awkward.to_numpy(self.awkward.num(ragged))
 
 
@@ -444,7 +444,7 @@ def encode_texts(piece: Texts, encode, files: list[str]) -> tuple[Texts, np.ndar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Writing: Tokens -> shards
+# 3. Writing: ids -> Tokens -> shards
 # ---------------------------------------------------------------------------------------------------------------------
 
 def shard_name(config: FineWebConfig, k: int) -> str:

@@ -188,7 +188,10 @@ class Manifest:
     def require(self, settings: dict) -> None:
         """DataError where the folder was made with other settings, by this node or by another one."""
         for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
-            record = read_record(path)
+            try:
+                record = read_record(path)
+            except FileNotFoundError:
+                continue  # another node has just finished and renamed it
             for name, value in settings.items():
                 if record.get(name) != value and (name != "node_rank" or path in (self.progress, self.finished)):
                     raise DataError(f"{self.folder} was made with another {name}, {record.get(name)!r} not {value!r}: "
