@@ -42,7 +42,17 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-from runlog import UserError, parse_flags, plural, print0, run_command
+from runlog import (
+    UserError,
+    explain,
+    parse_flags,
+    patiently,
+    plural,
+    print0,
+    progress_bar,
+    run_command,
+    wait_or_give_up,
+)
 from shards import DataError, Manifest, ShardWriter, open_shard, sha256, verify
 from tokenizer import EOT, SHA256, gpt2_encoding
 
@@ -85,6 +95,11 @@ class FineWebConfig:
         changed = [(field, getattr(self, field.name)) for field in fields(self)]
         words = ([f"--{field.name}", str(value)] for field, value in changed if value != field.default)
         return shlex.join(["python", "fineweb.py", *itertools.chain.from_iterable(words)])
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the network stays away."""
+        return f"go on later with: {self.command}"
 
 
 class Position(NamedTuple):
@@ -138,7 +153,8 @@ def find_files(config: FineWebConfig) -> tuple[list[list], str | None]:
         found, commit = [[path.as_posix(), path.stat().st_size] for path in once.values()], None
     else:
         listing = functools.partial(list_hub, **hub.groupdict())
-        found, commit = patiently(config, f"list {config.source} on the Hugging Face hub", listing)
+        found, commit = patiently(
+            listing, f"list {config.source} on the Hugging Face hub", config.retries, config.remedy)
     files = sorted([name, size] for name, size in found if is_data(name))
     if not files:
         raise UserError(f"no .parquet, .jsonl, .jsonl.gz or .jsonl.zst files in --source {config.source!r}")
@@ -185,7 +201,7 @@ def read_texts(files: list[str], start: Position, config: FineWebConfig):
                 if "://" not in files[index]:
                     raise UserError(f"{files[index]} cannot be read: {explain(error)}") from error
                 failures += 1
-                wait_or_give_up(failures, config, f"read {files[index]}", error)
+                wait_or_give_up(failures, config.retries, f"read {files[index]}", error, config.remedy, doze)
 
 
 def read_file(name: str, index: int, first_row: int, column: str):
@@ -282,35 +298,10 @@ def as_strings(column):
         return pa.array([text.decode("utf-8", "replace") for text in column.to_pylist()], pa.large_string())
 
 
-def patiently(config: FineWebConfig, what: str, action):
-    """What action() returns, asked again while the network fails."""
-    for failures in itertools.count(1):
-        try:
-            return action()
-        except Exception as error:  # the hub's client has dozens of errors for "no network"
-            wait_or_give_up(failures, config, what, error)
-
-
-def wait_or_give_up(failures: int, config: FineWebConfig, what: str, error: Exception) -> None:
-    """After `failures` in a row wait 1, 2, 4 ... 60 seconds, or raise UserError with the command that goes on."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = getattr(getattr(error, "response", None), "status_code", 500)
-    hopeless = isinstance(error, OfflineModeIsEnabled) or (400 <= status < 500 and status not in (408, 429))
-    if failures > config.retries or hopeless:
-        raise UserError(f"cannot {what}: {explain(error)}; go on later with: {config.command}") from error
-    seconds = min(60, 2 ** (failures - 1))
-    print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {config.retries})",
-          file=sys.stderr, flush=True)
+def doze(seconds: int) -> None:
+    """Sleep, unless nobody waits any more for the thread that this is."""
     if ENDING.wait(seconds):
         raise UserError("interrupted")
-
-
-def explain(error: Exception) -> str:
-    """What an exception of some library says, or the one that it came from, in one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def ahead(items, depth: int = 4):
@@ -583,7 +574,8 @@ def download(config: FineWebConfig) -> None:
         entries = HfApi().list_repo_tree(hub["repository"], repo_type="dataset", revision=commit)
         return commit, [entry for entry in entries if entry.path.endswith(".bin")]
 
-    commit, entries = patiently(config, f"list {config.download} on the Hugging Face hub", listing)
+    commit, entries = patiently(listing, f"list {config.download} on the Hugging Face hub", config.retries,
+                                config.remedy)
     wanted = []
     for entry in sorted(entries, key=lambda entry: ("val" not in entry.path, entry.path)):
         if not config.max_tokens or sum(shard["tokens"] for shard in wanted) < config.max_tokens:
@@ -596,9 +588,10 @@ def download(config: FineWebConfig) -> None:
     missing = sum(shard["bytes"] for shard in wanted if not manifest.is_whole(shard))
     check_disk(config, missing, f"{len(wanted)} {plural(len(wanted), 'shard')} of {config.download}")
     manifest.begin(manifest.values | {"revision": commit})
-    patiently(config, f"download {config.download}", functools.partial(
+    patiently(functools.partial(
         snapshot_download, hub["repository"], repo_type="dataset", revision=commit, local_dir=config.out,
-        allow_patterns=[shard["name"] for shard in wanted]))
+        allow_patterns=[shard["name"] for shard in wanted]), f"download {config.download}", config.retries,
+        config.remedy)
     with progress_bar(sum(shard["bytes"] for shard in wanted), 0, "B") as bar:
         for shard in wanted:
             path = Path(config.out) / shard["name"]
@@ -637,14 +630,6 @@ def check_disk(config: FineWebConfig, needed: int, what: str) -> None:
     if needed > free:
         raise UserError(f"{config.out} needs {needed / 1e9:,.3g} GB and its disk has {free / 1e9:,.3g} GB free: make "
                         "room, name another --out, or take less with --max_tokens")
-
-
-def progress_bar(total: int, initial: int, unit: str):
-    """A tqdm bar; where nobody watches, in a job's log file, a line every half minute."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 def say_finished(config: FineWebConfig, manifest: Manifest, before: int = 0, seconds: float = 0) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -64,6 +65,47 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists every flag)")
+
+
+def patiently(action, what: str, retries: int, remedy: str):
+    """What action() returns, asked again while the network fails; see wait_or_give_up()."""
+    for failures in itertools.count(1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # the clients of a network have dozens of errors
+            wait_or_give_up(failures, retries, what, error, remedy)
+
+
+def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=time.sleep) -> None:
+    """After `failures` in a row to do `what` wait 1, 2, 4 ... 60 seconds, or raise UserError with the remedy.
+
+    What will fail again is not tried again: other status codes of 4xx than 408 and 429, and a hub that is switched off.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    hopeless = type(error).__name__ == "OfflineModeIsEnabled" or (400 <= status < 500 and status not in (408, 429))
+    if failures > retries or hopeless:
+        raise UserError(f"cannot {what}: {explain(error)}; {remedy}") from error
+    seconds = min(60, 2 ** (failures - 1))
+    print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
+          file=sys.stderr, flush=True)
+    sleep(seconds)
+
+
+def explain(error: Exception) -> str:
+    """What an exception of some library says, or the one that it came from, in one short line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
+    """A tqdm bar; where nobody watches, in a job's log file, a line every half minute."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True, disable=quiet,
+                mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 @contextlib.contextmanager
@@ -218,6 +260,13 @@ class RunLog:
         """The validation loss after `step` steps."""
         print0(f"step {step}/{self.config.max_steps} | validation loss {loss:.4f}")
         self.write("val", step=step, loss=loss)
+
+    def hellaswag(self, step: int, result: dict) -> None:
+        """HellaSwag after `step` steps, as hellaswag.evaluate() gives it."""
+        acc, acc_norm, n = (result[name] for name in ("acc", "acc_norm", "n"))
+        print0(f"step {step}/{self.config.max_steps} | HellaSwag acc_norm {acc_norm:.2%} +- "
+               f"{result['acc_norm_stderr']:.2%}, acc {acc:.2%} | {n:,} examples in {result['seconds']:.1f} s")
+        self.write("hellaswag", step=step, acc_norm=acc_norm, acc=acc, n=n)
 
     def sample(self, step: int, text: str) -> None:
         """What the model writes after `step` steps."""

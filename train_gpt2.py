@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import hellaswag
 import machine
 import runlog
 import shards
@@ -78,6 +79,9 @@ class TrainConfig:
     shuffle: bool = True  # a new order of the windows each epoch, instead of file order
     val_every: int = 250  # steps between validations (0: only before the first step and after the last)
     val_tokens: int = 10485760  # tokens a validation, at most
+    hellaswag_every: int = 250  # steps between HellaSwag evaluations, and one after the last step (0: never)
+    hellaswag_limit: int = 0  # examples of it, from the start of the file (0: all)
+    hellaswag_data: str = ""  # file of its examples, .jsonl or .jsonl.gz (empty: the validation split, downloaded)
     sample_every: int = 250  # steps between samples (0: never)
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples continue
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
@@ -112,8 +116,8 @@ class TrainConfig:
 # with T=64 and 1,024 tokens, 130 steps 4.83; with 64 channels and lr 3e-2, 150 steps in half the time 4.84, 180 4.74.
 DEMO = dict(
     data="input.txt", model="demo", out_dir="log/demo", total_batch_size=1024, sequence_length=64, max_steps=180,
-    warmup_steps=20, max_lr=3e-2, min_lr=0.0, weight_decay=0.0, optimizer="muon", val_every=60, sample_every=60,
-    sample_prompt="The old woman", checkpoint_every=60, compile=False, dtype="float32",
+    warmup_steps=20, max_lr=3e-2, min_lr=0.0, weight_decay=0.0, optimizer="muon", val_every=60, hellaswag_every=0,
+    sample_every=60, sample_prompt="The old woman", checkpoint_every=60, compile=False, dtype="float32",
 )
 
 
@@ -235,8 +239,18 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); loss is the mean cross-entropy in nats, None without `targets`.
 
-        In training mode with targets the logits are None, to free their memory. `cache`, from make_cache(), holds the
-        keys and values of the positions before idx; this call adds its own.
+        In training mode with targets the logits are None, to free their memory. `cache` as for hidden_states().
+        """
+        logits = self.lm_head(self.hidden_states(idx, cache))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+        return None if self.training else logits, loss
+
+    def hidden_states(self, idx, cache=None):
+        """What lm_head turns into logits: idx (B, T) -> (B, T, C).
+
+        `cache`, from make_cache(), holds the keys and values of the positions before idx; this call adds its own.
         """
         past = cache[0][0].size(2) if cache and cache[0] else 0
         T = idx.size(1)
@@ -246,11 +260,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache is not None else None)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
-        return None if self.training else logits, loss
+        return self.transformer.ln_f(x)
 
     def make_cache(self) -> list[list]:
         """An empty key/value cache for `forward`: per block a list that comes to hold [k, v], each (B, nh, T, hs)."""
@@ -428,13 +438,13 @@ def get_lr(step: int, config: TrainConfig) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def processes(config: TrainConfig):
+def processes(device: str, deterministic: bool = False):
     """Join torchrun's process group, where there is one, while the context lasts; gives rank, world_size, device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     rank, local_rank, world_size = (
         int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = machine.pick_device(config.device, local_rank, world_size)
-    if config.deterministic:
+    device = machine.pick_device(device, local_rank, world_size)
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
@@ -512,6 +522,26 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, 
     return float(total) / n_windows
 
 
+def load_hellaswag(config: TrainConfig, model: GPT, rank: int, world_size: int) -> list[dict]:
+    """HellaSwag's examples, the same on every rank; none, with a line that says why, where they cannot be had."""
+    try:
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise UserError(f"the model has only {model.config.vocab_size} of GPT-2's tokens")
+        return hellaswag.load_examples("val", config.hellaswag_data, config.hellaswag_limit, "completion", rank,
+                                       world_size)
+    except UserError as error:
+        if config.hellaswag_data:
+            raise
+        print0(f"warning: no HellaSwag: {error}")
+        return []
+
+
+def evaluate_hellaswag(model: GPT, examples: list[dict], autocast, device, rank: int, world_size: int) -> dict:
+    """hellaswag.evaluate() in the precision of training; every rank scores its part."""
+    with autocast:
+        return hellaswag.evaluate(model, examples, device, rank=rank, world_size=world_size)
+
+
 @torch.no_grad()
 def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None):
     """Continue idx (B, T) by sampling from the top_k likeliest tokens (None: from all) -> (B, T + max_new_tokens).
@@ -557,8 +587,8 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # what may differ when a run is resumed; anything else would make it another experiment
-FREE_TO_CHANGE = {"out_dir", "micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "sample_every",
-                  "checkpoint_every"}  # out_dir: the folder may have moved
+FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "hellaswag_every",
+                  "sample_every", "checkpoint_every", "out_dir", "hellaswag_data"}  # these two may have moved
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
@@ -628,7 +658,7 @@ def main(config: TrainConfig) -> float:
     diverged: five steps in a row without a finite loss and gradient.
     """
     config = dataclasses.replace(config)  # choices made below are written into this copy
-    with processes(config) as (rank, world_size, device), runlog.stop_signal() as stop:
+    with processes(config.device, config.deterministic) as (rank, world_size, device), runlog.stop_signal() as stop:
         with checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext():
             try:
                 return train(config, rank, world_size, device, stop)
@@ -686,6 +716,9 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                origin=origin)
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
+    examples = []  # of HellaSwag
+    if config.hellaswag_every and start_step < config.max_steps:
+        examples = load_hellaswag(config, raw_model, rank, world_size)
     seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
     for step in range(start_step, config.max_steps + 1):
@@ -693,6 +726,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         if step > seen and (step == 0 or last_step or due(step, config.val_every)):
             val_loss = evaluate_val_loss(model, val_loader, config.val_tokens, autocast, device)
             log0.val(step, val_loss)
+        if step > max(seen, 0) and examples and (last_step or due(step, config.hellaswag_every)):
+            log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size))
         if step > seen and config.sample_every and (last_step or due(step, config.sample_every)):
             log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
         if step > start_step and (last_step or due(step, config.checkpoint_every)):

@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test leaves the machine
+os.environ["https_proxy"] = "http://127.0.0.1:9"  # where nobody answers; loopback is reached by http
 os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small
 
 TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 micro-steps
     "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "total_batch_size": 128, "micro_batch_size": 4,
     "max_steps": 6, "warmup_steps": 2, "max_lr": 0.01, "min_lr": 0.001, "val_every": 3, "val_tokens": 320,
-    "sample_every": 0, "checkpoint_every": 2, "dtype": "float32", "device": "cpu",
+    "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 2, "dtype": "float32", "device": "cpu",
 }
 
 

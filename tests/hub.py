@@ -15,10 +15,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Repositories, each the files of a folder: `repositories` maps "models/OWNER/NAME" or "datasets/OWNER/NAME" to it.
 
     `trouble(path)` of a request, where it is set, returns what to do instead of answering: a status to fail with,
-    "cut" to send half of the file and hang up, "html" to send a page, None to answer.
+    "cut" to send half of the file and hang up, "html" to send a page, None to answer. `files` maps paths of other
+    sites to what they hold.
     """
 
-    repositories, trouble, seen = {}, None, []
+    repositories, files, trouble, seen = {}, {}, None, []
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
@@ -37,6 +38,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if isinstance(self.broken, int):
             return self.reply(b"busy", status=self.broken)
         path, _, query = urllib.parse.unquote(self.path).partition("?")
+        if path in self.files:
+            return self.reply(self.files[path])
         if api := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+(?:/(.*))?)?", path):
             repository, kind, under = api.groups()
             if repository not in self.repositories:

