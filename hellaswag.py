@@ -28,6 +28,7 @@ import re
 import sys
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,9 +49,11 @@ FILES = {  # bytes and sha256, as TensorFlow Datasets lists them too
     "val": (12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
     "test": (11752147, "da082b00543e422b8d25394614d102944586986def4de5cd1bd36d86bcb76261"),
 }
+STYLES = ("completion", "harness")
 FOLDER = "hellaswag"  # where downloads go
 RETRIES = 3  # times that a failing network is asked again
-PUBLISHED = {  # (acc, acc_norm) of OpenAI's weights on the validation split, by build-nanogpt and by lm-eval
+TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
+PUBLISHED = {  # (acc, acc_norm) of OpenAI's weights on the validation split, where build-nanogpt and lm-eval tell both
     ("gpt2", "completion"): (0.2859, 0.2955), ("gpt2", "harness"): (0.2892, 0.3114),
     ("gpt2-xl", "completion"): (0.3842, 0.4893), ("gpt2-xl", "harness"): (0.4004, 0.5089),
 }
@@ -64,13 +67,13 @@ class HellaSwagConfig:
     split: str = "val"  # which official file: val or train (the labels of test are not public)
     style: str = "completion"  # completion, or harness: lm-eval's task
     limit: int = 0  # examples, from the start of the file (0: all)
-    batch_tokens: int = 0  # tokens of endings in a forward pass (0: 1,024 on a CPU, 4,096 elsewhere)
+    batch_tokens: int = 0  # tokens of endings in a forward pass, of up to 16 passes in memory (0: 1024 on a CPU, 4096)
     out: str = ""  # file for each example's losses and predictions, .jsonl (empty: none)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
 
     def __post_init__(self):
-        for name, known in (("split", ("val", "train")), ("style", ("completion", "harness")),
+        for name, known in (("split", ("val", "train")), ("style", STYLES),
                             ("dtype", ("auto", "float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {' or '.join(known)}")
@@ -105,7 +108,7 @@ def fetch(url: str, path: Path, size: int, digest: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(url, stream=True, timeout=(10, 30)) as response, open(temporary, "wb") as file:
+        with requests.get(url, stream=True, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
             response.raise_for_status()
             with progress_bar(size, 0, "B") as bar:
                 for data in response.iter_content(1 << 16):
@@ -127,7 +130,7 @@ def fetch(url: str, path: Path, size: int, digest: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def iterate_examples(split: str = "val", path=None, style: str = "completion"):
+def iterate_examples(split: str = "val", path: str | Path | None = None, style: str = "completion") -> Iterator[dict]:
     """Yield the examples of an official split, or of your own file (.jsonl or .jsonl.gz), as dicts in its schema.
 
     UserError names the line of the first that cannot be scored in that style.
@@ -157,19 +160,18 @@ def check_example(example: dict, name: str, style: str) -> None:
         return isinstance(value, str) and bool(value.strip())
 
     require(isinstance(example, dict), "this is not a JSON object")
-    if style == "completion":
-        require(is_text(example.get("ctx")), "there is no text under 'ctx'")
-    else:
-        for key in ("activity_label", "ctx_a", "ctx_b"):
-            require(isinstance(example.get(key), str), f"there is no {key!r}, which --style harness needs")
+    for key in ("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"):
+        require(isinstance(example.get(key), str), f"there is no {key!r}, which --style {style} needs")
+    require(is_text(context_of(example, style)), "its context is empty")
     endings, label = example.get("endings"), example.get("label")
     require(isinstance(endings, list) and len(endings) == 4, "there are not four texts under 'endings'")
     for i, ending in enumerate(endings):
-        require(is_text(ending) and (style == "completion" or is_text(clean(ending))), f"ending {i} is empty")
-    require(str(label) in ("0", "1", "2", "3"), f"'label' is {label!r}, not the number of an ending, 0 to 3")
+        require(is_text(ending) and (style == "completion" or is_text(clean(ending))), f"its ending {i} is empty")
+    require(str(label) in ("0", "1", "2", "3"), f"its 'label' is {label!r}, not the number of an ending, 0 to 3")
 
 
-def load_examples(split="val", path=None, limit=0, style="completion", rank=0, world_size=1) -> list[dict]:
+def load_examples(split: str = "val", path: str | Path | None = None, limit: int = 0, style: str = "completion",
+                  rank: int = 0, world_size: int = 1) -> list[dict]:
     """The first `limit` examples (0: all), read or downloaded by rank 0 and sent to the others.
 
     UserError on every rank where rank 0 could not have them.
@@ -182,7 +184,9 @@ def load_examples(split="val", path=None, limit=0, style="completion", rank=0, w
             if not found[0]:
                 raise UserError(f"there are no examples in {path}")
             encode("")  # what encodes them is there too
-        except (UserError, OSError, ModuleNotFoundError) as error:
+        except ModuleNotFoundError as error:
+            found = [f"{error}: run pip install -r requirements.txt"]
+        except (UserError, OSError) as error:
             found = [str(error)]
     if world_size > 1:
         dist.broadcast_object_list(found, src=0)
@@ -206,12 +210,19 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def context_of(example: dict, style: str) -> str:
+    """The text that the endings continue."""
+    if style == "completion":
+        return example["ctx"]
+    return clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+
+
 def encode_example(example: dict, style: str) -> tuple[list[int], list[list[int]], list[int]]:
     """An example -> (tokens of the context, tokens of each ending, what acc_norm divides each summed loss by)."""
+    text = context_of(example, style)
     if style == "completion":
         endings = [encode(" " + ending) for ending in example["endings"]]
-        return encode(example["ctx"]), endings, [len(ending) for ending in endings]
-    text = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+        return encode(text), endings, [len(ending) for ending in endings]
     endings = [clean(ending) for ending in example["endings"]]
     context = encode(text.rstrip())  # spaces at its end belong to the ending: the encoding joins them to a word
     whole = [encode(f"{text} {ending}") for ending in endings]
@@ -246,7 +257,7 @@ class Row(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be read of one example, or of a batch of them: rows that begin with the same `shared` tokens."""
+    """What is to be read of one example: rows that begin with the same `shared` tokens."""
     shared: int
     rows: list[Row]
 
@@ -256,7 +267,7 @@ class Work(NamedTuple):
         return self.shared + sum(len(row.tokens) - 1 - self.shared for row in self.rows)
 
 
-def cut_rows(context: list[int], ending: list[int], block_size: int):
+def cut_rows(context: list[int], ending: list[int], block_size: int) -> Iterator[tuple[list[int], int]]:
     """Yield (tokens, how many of the last are to be predicted) so that each token of the ending is predicted once.
 
     Contexts lose tokens on the left, as in lm-eval. An ending longer than the block, which lm-eval refuses, goes on in
@@ -278,7 +289,8 @@ def make_work(example: int, context: list[int], endings: list[list[int]], block_
 
 
 def make_batches(work: list[Work], batch_tokens: int) -> list[list[Work]]:
-    """Examples that share prefixes of like length, 16 * batch_tokens at most; the longer ones give up a token or so.
+    """Examples that share prefixes of like length, 16 * batch_tokens at most; all share as much as the first, up to 3
+    tokens less than they could.
 
     The batches depend on the examples alone, not on the number of ranks, so that neither do the results.
     """
@@ -302,8 +314,9 @@ def deal(batches: list[list[Work]], world_size: int) -> list[list[list[Work]]]:
     return hands
 
 
-def make_passes(lengths: list[int], batch_tokens: int):
-    """Yield slices of ascending lengths: padded to its longest, each has batch_tokens at most, a 16th of it padding."""
+def make_passes(lengths: list[int], batch_tokens: int) -> Iterator[slice]:
+    """Yield slices of ascending lengths: one length, or what has batch_tokens at most when padded to its longest, and
+    batch_tokens / 16 of padding."""
     start, tokens = 0, 0
     for i, length in enumerate(lengths):
         padded = (i + 1 - start) * length
@@ -314,13 +327,13 @@ def make_passes(lengths: list[int], batch_tokens: int):
     yield slice(start, len(lengths))
 
 
-def score_batch(model, batch: list[Work], batch_tokens: int, device):
+def score_batch(model, batch: list[Work], batch_tokens: int, device) -> Iterator[tuple[tuple[Row, ...], torch.Tensor]]:
     """Yield (rows, their summed losses (R,) in nats) for all rows of a batch, a pass at a time."""
     L, cache = batch[0].shared, model.make_cache()
     last = torch.empty(len(batch), 0, model.config.n_embd, device=device)  # (n, 0, C)
     if L:
-        prefixes = torch.tensor([item.rows[0].tokens[:L] for item in batch], device=device)  # (n, L)
-        last = model.hidden_states(prefixes, cache)[:, -1:]  # (n, 1, C), which predicts what follows the prefix
+        prefixes = torch.tensor([item.rows[0].tokens[:L] for item in batch])  # (n, L)
+        last = model.hidden_states(send(prefixes, device), cache)[:, -1:]  # (n, 1, C), it predicts what comes next
     first = L - last.size(1)  # the position that the first hidden state of a row is of
     rows = sorted(((i, row) for i, item in enumerate(batch) for row in item.rows), key=lambda pair: len(pair[1].tokens))
     for part in make_passes([len(row.tokens) - 1 - L for _, row in rows], batch_tokens):
@@ -332,26 +345,31 @@ def score_batch(model, batch: list[Work], batch_tokens: int, device):
             read = row.tokens[L:-1]
             idx[i, :len(read)] = torch.tensor(read)
             targets[i, :len(row.tokens) - 1 - first][-row.scored:] = torch.tensor(row.tokens[-row.scored:])
-        owners = torch.tensor(owners, device=device)  # (R,)
+        owners = send(torch.tensor(owners), device)  # (R,)
         copies = [[kept[owners] for kept in layer] for layer in cache]  # per block [k, v], each (R, nh, L, hs)
-        h = model.hidden_states(idx.to(device), copies)  # (R, T, C)
+        h = model.hidden_states(send(idx, device), copies)  # (R, T, C)
         yield members, sum_losses(model, torch.cat((last[owners].to(h), h), dim=1), targets)
 
 
-def sum_losses(model, h, targets):
+def send(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A tensor of the host on the device; CUDA copies it while it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def sum_losses(model, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Hidden states (R, T, C) and targets (R, T) on the host, -1 where nothing is predicted -> summed losses (R,)."""
     R, T, C = h.shape
     h, targets, losses = h.view(R * T, C), targets.view(R * T), torch.zeros(R * T, device=h.device)
-    at_once = 128 if h.device.type == "cpu" else 4096  # a CPU reuses the memory of 25 MB of logits, not of 50
+    at_once = 128 if h.device.type == "cpu" else 1024  # a CPU reuses the memory of 25 MB of logits, not of 50
     for where in (targets >= 0).nonzero().squeeze(1).split(at_once):  # (predicted,)
-        targets_here, where = targets[where].to(h.device), where.to(h.device)
+        expected, where = send(targets[where], h.device), send(where, h.device)
         logits = model.lm_head(h[where]).float()  # (predicted, V)
-        losses[where] = F.cross_entropy(logits, targets_here, reduction="none")
+        losses[where] = F.cross_entropy(logits, expected, reduction="none")
     return losses.view(R, T).sum(dim=1)
 
 
 @torch.no_grad()
-def evaluate(model, examples, device, batch_tokens: int = 0, style: str = "completion", rank: int = 0,
+def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, style: str = "completion", rank: int = 0,
              world_size: int = 1, progress=lambda share: None) -> dict:
     """Score `examples` (dicts in HellaSwag's schema) with a GPT; every rank works and gets the same result.
 
@@ -363,7 +381,10 @@ def evaluate(model, examples, device, batch_tokens: int = 0, style: str = "compl
     FloatingPointError where a loss is not finite.
     """
     started = time.perf_counter()
-    batch_tokens = batch_tokens or (1024 if torch.device(device).type == "cpu" else 4096)
+    device = torch.device(device)
+    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 4096)
+    if style not in STYLES:
+        raise UserError(f"no style {style!r}, it must be {' or '.join(STYLES)}")
     block_size, work, labels, tokens, divisors, cut = model.config.block_size, [], [], [], [], 0
     for i, example in enumerate(examples):
         check_example(example, f"example {i + 1}", style)
@@ -392,7 +413,8 @@ def evaluate(model, examples, device, batch_tokens: int = 0, style: str = "compl
         dist.all_reduce(gathered)
         sums = gathered.cpu().numpy()
     if not np.isfinite(sums).all():
-        raise FloatingPointError("the model gives losses that are not finite: its weights are damaged")
+        raise FloatingPointError("the model gives losses that are not finite, its weights are damaged: go back to an "
+                                 "earlier checkpoint")
     predictions = {"acc": sums.argmin(axis=1), "acc_norm": (sums / divisors).argmin(axis=1)}  # (n,) each
     result = {"n": len(work), "cut": cut, "predictions": predictions["acc_norm"].tolist(),
               "acc_predictions": predictions["acc"].tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens,
@@ -461,8 +483,10 @@ def main(argv: list[str]) -> None:
         report(config, result, model.config.block_size)
         if out:
             for i, example in enumerate(examples):
-                row = {name: result[name][i] for name in ("predictions", "acc_predictions", "losses", "tokens")}
-                out.write(json.dumps({"example": i + 1, "label": int(example["label"]), **row}) + "\n")
+                out.write(json.dumps({
+                    "example": i + 1, "label": int(example["label"]), "acc_prediction": result["acc_predictions"][i],
+                    "acc_norm_prediction": result["predictions"][i], "losses": result["losses"][i],
+                    "tokens": result["tokens"][i]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,13 +72,13 @@ def patiently(action, what: str, retries: int, remedy: str):
     for failures in itertools.count(1):
         try:
             return action()
-        except UserError:
+        except (UserError, ModuleNotFoundError):
             raise
         except Exception as error:  # the clients of a network have dozens of errors
             wait_or_give_up(failures, retries, what, error, remedy)
 
 
-def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=time.sleep) -> None:
+def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=None) -> None:
     """After `failures` in a row to do `what` wait 1, 2, 4 ... 60 seconds, or raise UserError with the remedy.
 
     What will fail again is not tried again: other status codes of 4xx than 408 and 429, and a hub that is switched off.
@@ -90,7 +90,7 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     seconds = min(60, 2 ** (failures - 1))
     print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
           file=sys.stderr, flush=True)
-    sleep(seconds)
+    (sleep or time.sleep)(seconds)
 
 
 def explain(error: Exception) -> str:
@@ -264,8 +264,9 @@ class RunLog:
     def hellaswag(self, step: int, result: dict) -> None:
         """HellaSwag after `step` steps, as hellaswag.evaluate() gives it."""
         acc, acc_norm, n = (result[name] for name in ("acc", "acc_norm", "n"))
+        cut = f"; {result['cut']:,} contexts cut on the left" if result["cut"] else ""
         print0(f"step {step}/{self.config.max_steps} | HellaSwag acc_norm {acc_norm:.2%} +- "
-               f"{result['acc_norm_stderr']:.2%}, acc {acc:.2%} | {n:,} examples in {result['seconds']:.1f} s")
+               f"{result['acc_norm_stderr']:.2%}, acc {acc:.2%} | {n:,} examples in {result['seconds']:.1f} s{cut}")
         self.write("hellaswag", step=step, acc_norm=acc_norm, acc=acc, n=n)
 
     def sample(self, step: int, text: str) -> None:

@@ -524,13 +524,14 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, 
 
 def load_hellaswag(config: TrainConfig, model: GPT, rank: int, world_size: int) -> list[dict]:
     """HellaSwag's examples, the same on every rank; none, with a line that says why, where they cannot be had."""
+    if model.config.vocab_size < VOCAB_SIZE:
+        print0(f"warning: no HellaSwag: the model has only {model.config.vocab_size} of GPT-2's tokens")
+        return []
     try:
-        if model.config.vocab_size < VOCAB_SIZE:
-            raise UserError(f"the model has only {model.config.vocab_size} of GPT-2's tokens")
-        return hellaswag.load_examples("val", config.hellaswag_data, config.hellaswag_limit, "completion", rank,
-                                       world_size)
+        return hellaswag.load_examples(path=config.hellaswag_data, limit=config.hellaswag_limit, rank=rank,
+                                       world_size=world_size)
     except UserError as error:
-        if config.hellaswag_data:
+        if config.hellaswag_data:  # a file that was named must be there
             raise
         print0(f"warning: no HellaSwag: {error}")
         return []
@@ -588,7 +589,8 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 
 # what may differ when a run is resumed; anything else would make it another experiment
 FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "hellaswag_every",
-                  "sample_every", "checkpoint_every", "out_dir", "hellaswag_data"}  # these two may have moved
+                  "sample_every", "checkpoint_every",
+                  "out_dir", "hellaswag_data"}  # the folder and the file may have moved
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
@@ -693,8 +695,12 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
     train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
 
-    # speed: raw_model is the plain module, model what is compiled and wrapped
     start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
+    examples = []  # of HellaSwag
+    if config.hellaswag_every and start_step < config.max_steps:
+        examples = load_hellaswag(config, raw_model, rank, world_size)
+
+    # speed: raw_model is the plain module, model what is compiled and wrapped
     flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size
     peak = machine.peak_flops(device, dtype) * world_size
     seconds = (config.max_steps - start_step) * flops_per_step / (0.4 * peak)  # a run at 40 % of the peak
@@ -716,21 +722,18 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                origin=origin)
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
-    examples = []  # of HellaSwag
-    if config.hellaswag_every and start_step < config.max_steps:
-        examples = load_hellaswag(config, raw_model, rank, world_size)
     seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
     for step in range(start_step, config.max_steps + 1):
         last_step = step == config.max_steps
-        if step > seen and (step == 0 or last_step or due(step, config.val_every)):
+        if step > seen and (step == 0 or due(step, config.val_every, last_step)):
             val_loss = evaluate_val_loss(model, val_loader, config.val_tokens, autocast, device)
             log0.val(step, val_loss)
-        if step > max(seen, 0) and examples and (last_step or due(step, config.hellaswag_every)):
+        if step > max(seen, 0) and examples and due(step, config.hellaswag_every, last_step):
             log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size))
-        if step > seen and config.sample_every and (last_step or due(step, config.sample_every)):
+        if step > seen and config.sample_every and due(step, config.sample_every, last_step):
             log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
-        if step > start_step and (last_step or due(step, config.checkpoint_every)):
+        if step > start_step and due(step, config.checkpoint_every, last_step):
             save(step, val_loss, last=last_step)
         if last_step:
             break
@@ -766,9 +769,9 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     return val_loss
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int, last_step: bool) -> bool:
+    """Whether something that happens every so many steps (0: never) and after the last happens at this one."""
+    return last_step or (every > 0 and step % every == 0)
 
 
 def read_on_host(loss, norm, stop: threading.Event, world_size: int) -> tuple[float, float, bool]:

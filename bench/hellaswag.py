@@ -6,8 +6,8 @@ One model with random weights, read by two sides in turn, in one process and in 
              logits of every position; the mean loss over the ending's tokens
     ours     hellaswag.evaluate with our GPT
 
-Both tokenize as they go, and both get huge pages for CPU tensors, as train_gpt2.py sets them. The examples are taken
-evenly from the whole file, since its first third is shorter than the rest. Medians of the runs.
+Both tokenize as they go, each time anew, and both get huge pages for CPU tensors, as train_gpt2.py sets them. The
+examples are taken evenly from the whole file, since its first third is shorter than the rest. Medians of the runs.
 """
 import os
 import sys
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hellaswag import evaluate, load_examples
+from hellaswag import encode, evaluate, load_examples
 from machine import describe_device
 from runlog import UserError, parse_flags, progress_bar, run_command
 from tokenizer import gpt2_encoding
@@ -75,8 +75,8 @@ def main(config: BenchConfig) -> None:
     """Print the table and one JSON line."""
     with processes("cpu") as (_, _, device):
         examples = load_examples(path=config.data)
-        step = max(1, len(examples) // (config.examples or len(examples)))
-        examples = examples[::step][:config.examples or None]
+        n = min(config.examples or len(examples), len(examples))
+        examples = [examples[i * len(examples) // n] for i in range(n)]
         torch.manual_seed(0)
         ours = GPT(GPTConfig())
         theirs = transformers_twin(ours)
@@ -86,6 +86,7 @@ def main(config: BenchConfig) -> None:
         with progress_bar(2 * config.runs * len(examples), 0, " examples") as bar:
             for _ in range(config.runs):
                 for side, run in sides.items():
+                    encode.cache_clear()
                     started = time.perf_counter()
                     predictions[side] = run()
                     times[side].append(time.perf_counter() - started)

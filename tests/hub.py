@@ -5,6 +5,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -15,8 +16,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Repositories, each the files of a folder: `repositories` maps "models/OWNER/NAME" or "datasets/OWNER/NAME" to it.
 
     `trouble(path)` of a request, where it is set, returns what to do instead of answering: a status to fail with,
-    "cut" to send half of the file and hang up, "html" to send a page, None to answer. `files` maps paths of other
-    sites to what they hold.
+    "cut" to send half of the file and hang up, "html" to send a page, "mute" to say nothing for two seconds, None to
+    answer. `files` maps paths of other sites to what they hold.
     """
 
     repositories, files, trouble, seen = {}, {}, None, []
@@ -37,6 +38,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.broken = type(self).trouble and type(self).trouble(self.path)
         if isinstance(self.broken, int):
             return self.reply(b"busy", status=self.broken)
+        if self.broken == "mute":
+            return time.sleep(2)
         path, _, query = urllib.parse.unquote(self.path).partition("?")
         if path in self.files:
             return self.reply(self.files[path])

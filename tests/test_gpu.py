@@ -3,7 +3,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import flags, read_log, run
+from test_hellaswag import OURS
+from test_model import random_gpt2
 from test_train import assert_same_run, final_state
+
+import hellaswag
+from train_gpt2 import GPT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")]
 
@@ -31,3 +36,14 @@ def test_a_deterministic_run_is_resumed_bit_by_bit(compiled, shard_folder, tmp_p
     result = run(flags(out_dir=tmp_path / "resumed", **changes))
     assert "resumed after step 2" in result.stdout, result.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_hellaswag_s_losses_are_those_of_the_cpu(tmp_path):
+    random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=64, n_positions=256)
+    examples, losses = list(hellaswag.iterate_examples(path=OURS)), {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result = hellaswag.evaluate(GPT.from_pretrained(tmp_path).to(device), examples, torch.device(device))
+        losses[device, dtype] = np.array(result["losses"])
+    np.testing.assert_allclose(losses["cuda", torch.float32], losses["cpu", torch.float32], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(losses["cuda", torch.bfloat16], losses["cpu", torch.float32], atol=0.05, rtol=0)

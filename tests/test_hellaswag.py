@@ -61,9 +61,10 @@ def check_against_plain_rows(path, folder, theirs, batch_tokens):
     assert result["acc_predictions"] == sums.argmin(axis=1).tolist()
     assert (result["acc"], result["acc_norm"]) == ((sums.argmin(axis=1) == labels).mean(),
                                                    (means.argmin(axis=1) == labels).mean())
-    p, n = result["acc_norm"], len(examples)
-    assert result["acc_norm_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
-    assert (result["n"], result["cut"]) == (n, 0)
+    for name, chosen in (("acc", sums), ("acc_norm", means)):
+        error = np.std(chosen.argmin(axis=1) == labels, ddof=1) / math.sqrt(len(examples))  # of a mean
+        assert result[f"{name}_stderr"] == pytest.approx(error)
+    assert (result["n"], result["cut"]) == (len(examples), 0)
 
 
 @pytest.mark.parametrize("batch_tokens", [0, 1, 150])
@@ -143,6 +144,35 @@ def test_cut_examples_have_the_losses_of_their_windows(block_size, tmp_path):
     assert result["cut"] == cut > 0 and (long > 0) == (block_size < 64)
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_tokens_have_the_losses_of_their_rows_read_alone(data):
+    """Contexts and endings of one token and more, equal ones, blocks shorter than either; row by row, uncached."""
+    ids = st.integers(0, 12)
+    block_size, batch_tokens = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 64))
+    texts = data.draw(st.lists(st.tuples(st.lists(ids, min_size=1, max_size=20),
+                                         st.lists(st.lists(ids, min_size=1, max_size=9), min_size=4, max_size=4)),
+                               min_size=1, max_size=5))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=13, n_layer=2, n_head=2, n_embd=8))
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_()
+        work = [hellaswag.make_work(i, *text, block_size) for i, text in enumerate(texts)]
+        found = {}
+        for batch in hellaswag.make_batches(work, batch_tokens):
+            for rows, losses in hellaswag.score_batch(model, batch, batch_tokens, CPU):
+                for row, loss in zip(rows, losses.tolist()):
+                    found[row.example, row.ending] = found.get((row.example, row.ending), 0.0) + loss
+        for i, (context, endings) in enumerate(texts):
+            for j, ending in enumerate(endings):
+                expected = 0.0
+                for tokens, scored in cut_rows(context, ending, block_size):
+                    logits = model(torch.tensor([tokens[:-1]]))[0][0, -scored:]
+                    expected += F.cross_entropy(logits, torch.tensor(tokens[-scored:]), reduction="sum").item()
+                assert found.pop((i, j)) == pytest.approx(expected, abs=1e-4)
+    assert not found
+
+
 # --------------------------------------------------------------------------------------------------------- the harness
 
 def lm_eval_samples(folder: Path, data: Path, cache: Path) -> tuple[list[dict], dict]:
@@ -194,10 +224,10 @@ def test_the_harness_style_is_lm_eval_s_prediction_by_prediction(gpt2_folder, tm
         sums = np.multiply(mine["losses"], mine["tokens"])
         np.testing.assert_allclose(sums, theirs["losses"], atol=2e-3, rtol=0)  # sums of up to a hundred losses
         lengths = [len(choice) for choice in theirs["choices"]]
-        assert mine["acc_predictions"] == np.argmin(theirs["losses"])
-        assert mine["predictions"] == np.argmin(np.divide(theirs["losses"], lengths))
-        assert theirs["acc"] == (mine["acc_predictions"] == mine["label"])
-        assert theirs["acc_norm"] == (mine["predictions"] == mine["label"])
+        assert mine["acc_prediction"] == np.argmin(theirs["losses"])
+        assert mine["acc_norm_prediction"] == np.argmin(np.divide(theirs["losses"], lengths))
+        assert theirs["acc"] == (mine["acc_prediction"] == mine["label"])
+        assert theirs["acc_norm"] == (mine["acc_norm_prediction"] == mine["label"])
     assert f"acc | {results['acc,none']:.2%}" in result.stdout
     assert f"acc_norm | {results['acc_norm,none']:.2%}" in result.stdout
 
@@ -227,7 +257,44 @@ def test_any_number_of_ranks_gives_the_same_result(predictions):
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_every_rank_works():
+def test_every_rank_scores_its_part_and_no_other(monkeypatch):
+    """What each of three ranks adds to the sum that they all get: every ending is in exactly one part."""
+    parts = []
+
+    def keep(gathered):
+        parts.append(gathered.clone())
+
+    monkeypatch.setattr(hellaswag.dist, "all_reduce", keep)
+    torch.manual_seed(0)
+    model, examples = GPT(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=8)), list(iterate_examples(path=OURS))
+    for rank in range(3):
+        evaluate(model, examples, CPU, batch_tokens=16, rank=rank, world_size=3)
+    monkeypatch.undo()
+    whole = evaluate(model, examples, CPU, batch_tokens=16)
+    assert ((torch.stack(parts) != 0).sum(dim=0) == 1).all()
+    assert (sum(parts).numpy() / whole["tokens"]).tolist() == whole["losses"]
+
+
+def test_only_rank_0_reads_and_its_error_is_everybody_s(monkeypatch):
+    sent = []
+    monkeypatch.setattr(hellaswag.dist, "broadcast_object_list", lambda found, src: sent.append(found[0]))
+    assert len(hellaswag.load_examples(path=OURS, rank=0, world_size=2)) == 30 and len(sent[0]) == 30
+    with pytest.raises(UserError, match="cannot be read"):
+        hellaswag.load_examples(path="nowhere.jsonl", rank=0, world_size=2)
+    for what in sent:  # the other rank has no file at all
+
+        def receive(found, src, what=what):
+            found[0] = what
+
+        monkeypatch.setattr(hellaswag.dist, "broadcast_object_list", receive)
+        if isinstance(what, str):
+            with pytest.raises(UserError, match="cannot be read"):
+                hellaswag.load_examples(path="nowhere.jsonl", rank=1, world_size=2)
+        else:
+            assert hellaswag.load_examples(path="nowhere.jsonl", rank=1, world_size=2) == what
+
+
+def test_the_batches_are_dealt_evenly():
     examples = list(iterate_examples(path=OURS))
     work = [hellaswag.make_work(i, *hellaswag.encode_example(example, "completion")[:2], 1024)
             for i, example in enumerate(examples)]
@@ -265,12 +332,12 @@ GOOD = json.loads(OURS.read_text(encoding="utf-8").splitlines()[0])
 
 @pytest.mark.parametrize("line, message", [
     ({**GOOD, "endings": GOOD["endings"][:3]}, "there are not four texts under 'endings'"),
-    ({**GOOD, "endings": [*GOOD["endings"][:3], " "]}, "ending 3 is empty"),
+    ({**GOOD, "endings": [*GOOD["endings"][:3], " "]}, "its ending 3 is empty"),
     ({**GOOD, "endings": [1, 2, 3, 4]}, "ending 0 is empty"),
-    ({key: value for key, value in GOOD.items() if key != "label"}, "'label' is None"),
-    ({**GOOD, "label": 4}, "'label' is 4, not the number of an ending"),
+    ({key: value for key, value in GOOD.items() if key != "label"}, "its 'label' is None"),
+    ({**GOOD, "label": 4}, "its 'label' is 4, not the number of an ending"),
     ({**GOOD, "label": True}, "'label' is True"),
-    ({**GOOD, "ctx": ""}, "there is no text under 'ctx'"),
+    ({**GOOD, "ctx": " "}, "its context is empty"), ({**GOOD, "ctx": None}, "there is no 'ctx'"),
     ([GOOD], "this is not a JSON object"), ("{", "is not JSON in UTF-8"), (b"\xff", "is not JSON in UTF-8"),
     ("[" * 100_000, "is not JSON in UTF-8"),
 ])
@@ -297,9 +364,11 @@ def test_the_harness_style_needs_the_official_columns(tmp_path):
     assert len(list(iterate_examples(path=tmp_path / "short.jsonl"))) == 2
     message = error_of(["--style", "harness", "--data", tmp_path / "short.jsonl"])
     assert "short.jsonl, line 2: there is no 'ctx_a', which --style harness needs" in message
-    (tmp_path / "marks.jsonl").write_text(json.dumps({**GOOD, "endings": ["[title]", "a", "b", "c"]}))
-    with pytest.raises(UserError, match="line 1: ending 0 is empty"):
-        list(iterate_examples(path=tmp_path / "marks.jsonl", style="harness"))
+    for marks, message in (({"endings": ["[title]", "a", "b", "c"]}, "line 1: its ending 0 is empty"),
+                           ({"activity_label": "[", "ctx_a": "x]", "ctx_b": ""}, "line 1: its context is empty")):
+        (tmp_path / "marks.jsonl").write_text(json.dumps({**GOOD, **marks}))
+        with pytest.raises(UserError, match=message):
+            list(iterate_examples(path=tmp_path / "marks.jsonl", style="harness"))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -330,8 +399,10 @@ def test_models_that_cannot_answer():
         evaluate(model, [GOOD], CPU)
     with pytest.raises(UserError, match="too few for GPT-2's encoding"):
         evaluate(GPT(GPTConfig(block_size=64, vocab_size=211, n_layer=1, n_head=1, n_embd=8)), [GOOD], CPU)
-    with pytest.raises(UserError, match="example 2: 'label' is 9"):
+    with pytest.raises(UserError, match="example 2: its 'label' is 9"):
         evaluate(model, [GOOD, {**GOOD, "label": 9}], CPU)
+    with pytest.raises(UserError, match="no style 'harnes'"):
+        evaluate(model, [GOOD], CPU, style="harnes")
 
 
 # ------------------------------------------------------------------------------------------------------- the download
@@ -342,6 +413,7 @@ def site(tmp_path, monkeypatch):
     text = OURS.read_bytes()
     monkeypatch.setattr(hellaswag, "FILES", {"val": (len(text), hashlib.sha256(text).hexdigest())})
     monkeypatch.setattr(hellaswag, "FOLDER", str(tmp_path / "downloads"))
+    monkeypatch.setattr(hellaswag, "TIMEOUT", (0.5, 0.5))
     monkeypatch.setattr("runlog.time.sleep", lambda seconds: None)
     with hub({}, tmp_path / "cache") as (environment, handler):
         handler.files = {"/data/hellaswag_val.jsonl": text}
@@ -361,7 +433,7 @@ def test_the_official_file_is_downloaded_once(site):
 @pytest.mark.parametrize("trouble, message, requests", [
     (404, "404 Client Error", 1), (500, "500 Server Error", 4), (429, "429 Client Error", 4), ("cut", "", 4),
     ("html", "bytes of text/html came, not the official file", 4), ("longer", "came, not the official file", 4),
-    ("other", "came, not the official file", 4),
+    ("other", "came, not the official file", 4), ("mute", "Read timed out", 4),
 ])
 def test_what_is_not_the_official_file_is_said_and_not_kept(trouble, message, requests, site):
     handler, folder = site
@@ -453,6 +525,30 @@ def test_a_named_file_that_is_not_there_ends_the_run_before_it_begins(shard_fold
     arguments = flags(data=shard_folder, out_dir=tmp_path / "out", **EVERY | {"hellaswag_data": "nowhere.jsonl"})
     result = run(arguments)
     assert result.returncode == 2 and "error: nowhere.jsonl cannot be read" in result.stderr
-    assert not list((tmp_path / "out").glob("*.pt"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_it_is_scored_in_the_precision_of_training(shard_folder, tmp_path, monkeypatch):
+    seen, original = [], hellaswag.evaluate
+
+    def watched(*values, **names):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(*values, **names)
+
+    monkeypatch.setattr(hellaswag, "evaluate", watched)
+    for dtype in ("float32", "bfloat16"):
+        arguments = flags(data=shard_folder, out_dir=tmp_path / dtype, **EVERY, dtype=dtype, hellaswag_limit=2)
+        train_gpt2.main(train_gpt2.parse_args(arguments))
+    assert seen == [False] * 3 + [True] * 3
+
+
+def test_missing_packages_are_named_with_their_remedy(shard_folder, tmp_path):
+    script = tmp_path / "hide.py"
+    script.write_text("import sys\nsys.modules['requests'] = None\nimport runlog, train_gpt2\n"
+                      "runlog.run_command(train_gpt2.main, train_gpt2.parse_args(sys.argv[1:]))\n")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", **EVERY | {"hellaswag_data": None}), cwd=tmp_path,
+                 script=script)
+    assert result.returncode == 0 and "trying again" not in result.stderr, result.stderr
+    assert "no HellaSwag: import of requests halted; None in sys.modules: run pip install" in result.stdout
 
 
