@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -52,6 +53,7 @@ FILES = {  # bytes and sha256, as TensorFlow Datasets lists them too
 STYLES = ("completion", "harness")
 FOLDER = "hellaswag"  # where downloads go
 RETRIES = 3  # times that a failing network is asked again
+MAX_CHARACTERS = 200_000  # of an example, many times an official one's: a million spaces overflow tiktoken's stack
 TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
 PUBLISHED = {  # (acc, acc_norm) of OpenAI's weights on the validation split, where build-nanogpt and lm-eval tell both
     ("gpt2", "completion"): (0.2859, 0.2955), ("gpt2", "harness"): (0.2892, 0.3114),
@@ -138,7 +140,8 @@ def iterate_examples(split: str = "val", path: str | Path | None = None, style: 
     path = Path(path) if path else download(split)
     number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        with open(path, "rb") as raw:
+            lines = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     example = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -160,13 +163,15 @@ def check_example(example: dict, name: str, style: str) -> None:
         return isinstance(value, str) and bool(value.strip())
 
     require(isinstance(example, dict), "this is not a JSON object")
+    require(len(str(example)) < MAX_CHARACTERS, f"it has more than {MAX_CHARACTERS:,} characters")
     for key in ("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"):
         require(isinstance(example.get(key), str), f"there is no {key!r}, which --style {style} needs")
     require(is_text(context_of(example, style)), "its context is empty")
     endings, label = example.get("endings"), example.get("label")
     require(isinstance(endings, list) and len(endings) == 4, "there are not four texts under 'endings'")
     for i, ending in enumerate(endings):
-        require(is_text(ending) and (style == "completion" or is_text(clean(ending))), f"its ending {i} is empty")
+        whole = is_text(ending) and (style == "completion" or is_text(clean(ending)))
+        require(whole, f"its ending {i} is empty or no text")
     require(str(label) in ("0", "1", "2", "3"), f"its 'label' is {label!r}, not the number of an ending, 0 to 3")
 
 
@@ -377,8 +382,8 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
     context lost tokens to fit the block), `seconds`, and a list with an entry per example: `predictions`, the ending
     that acc_norm chooses, `acc_predictions`, `losses`, the mean loss per token of each ending in nats, and `tokens`,
     of each ending.
-    `progress` is called with the share that is done. UserError for an example that cannot be scored,
-    FloatingPointError where a loss is not finite.
+    acc and acc_norm are nan where a loss is not finite. `progress` is called with the share that is done. UserError for
+    an example that cannot be scored, and where memory runs out.
     """
     started = time.perf_counter()
     device = torch.device(device)
@@ -400,11 +405,17 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
         raise UserError("there are no examples to score")
     mine = deal(make_batches(work, batch_tokens), world_size)[rank]
     scored, done, n_rows = [], 0, sum(len(item.rows) for batch in mine for item in batch)
-    for batch in mine:
-        for rows, losses in score_batch(model, batch, batch_tokens, device):
+    passes = (result for batch in mine for result in score_batch(model, batch, batch_tokens, device))
+    try:
+        for rows, losses in passes:
             scored.append((rows, losses))  # read only at the end: the device need not wait for the host
             done += len(rows)
             progress(done / n_rows)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        raise UserError("out of memory in HellaSwag: train with --hellaswag_every 0, run hellaswag.py with less than "
+                        f"--batch_tokens {batch_tokens}") from error
     sums = np.zeros((len(work), 4))
     for rows, losses in scored:
         np.add.at(sums, ([row.example for row in rows], [row.ending for row in rows]), losses.cpu().numpy())
@@ -412,15 +423,12 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
         gathered = torch.from_numpy(sums).to(device)  # (n, 4)
         dist.all_reduce(gathered)
         sums = gathered.cpu().numpy()
-    if not np.isfinite(sums).all():
-        raise FloatingPointError("the model gives losses that are not finite, its weights are damaged: go back to an "
-                                 "earlier checkpoint")
     predictions = {"acc": sums.argmin(axis=1), "acc_norm": (sums / divisors).argmin(axis=1)}  # (n,) each
     result = {"n": len(work), "cut": cut, "predictions": predictions["acc_norm"].tolist(),
               "acc_predictions": predictions["acc"].tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens,
               "seconds": time.perf_counter() - started}
     for name, chosen in predictions.items():
-        right = float((chosen == labels).mean())
+        right = float((chosen == labels).mean()) if np.isfinite(sums).all() else math.nan
         result |= {name: right, f"{name}_stderr": math.sqrt(right * (1 - right) / max(1, len(work) - 1))}
     return result
 
@@ -429,24 +437,36 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
 # 4. The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def whole_file(path: str):
-    """A text file that has its name only once it is whole; None without a path. OSError before any work is done."""
-    if not path:
-        yield None
-        return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+def check_out(path: str) -> None:
+    """Make the folder for --out; UserError, before any work is done, where a file cannot be written there."""
+    folder = Path(path).parent
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already: delete it, or choose another --out")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}: choose another --out") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: choose another --out")
+
+
+def write_out(path: Path, examples: list[dict], result: dict) -> None:
+    """A JSON object a line for each example: the whole file, or none and a UserError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            for i, example in enumerate(examples):
+                file.write(json.dumps({
+                    "example": i + 1, "label": int(example["label"]), "acc_prediction": result["acc_predictions"][i],
+                    "acc_norm_prediction": result["predictions"][i], "losses": result["losses"][i],
+                    "tokens": result["tokens"][i]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
-    finally:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}: choose another --out") from error
 
 
 def report(config: HellaSwagConfig, result: dict, block_size: int) -> None:
@@ -465,28 +485,25 @@ def main(argv: list[str]) -> None:
     from train_gpt2 import load_model, processes
 
     config = HellaSwagConfig(**parse_flags(HellaSwagConfig, argv, "Score a model on HellaSwag: acc and acc_norm."))
-    with processes(config.device) as (rank, world_size, device), whole_file("" if rank else config.out) as out:
-        examples = load_examples(config.split, config.data, config.limit, config.style, rank, world_size)
+    if config.out:
+        check_out(config.out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves as little behind
+    with processes(config.device) as (rank, world_size, device):
         model = load_model(config.model, device)
+        examples = load_examples(config.split, config.data, config.limit, config.style, rank, world_size)
         dtype, why = machine.pick_dtype(config.dtype, device)
         print0(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
                f"{config.style} style; {machine.describe_device(device)}, {str(dtype).removeprefix('torch.')}: {why}")
         with (progress_bar(len(examples), 0, " examples", quiet=rank > 0) as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
-            try:
-                result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,
-                                  lambda share: bar.update(int(share * len(examples)) - bar.n))
-            except (RuntimeError, MemoryError) as error:
-                if not machine.is_out_of_memory(error):
-                    raise
-                raise UserError("out of memory: run the same command with a smaller --batch_tokens") from error
+            result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,
+                              lambda share: bar.update(int(share * len(examples)) - bar.n))
+        if math.isnan(result["acc"]):
+            raise FloatingPointError(f"{config.model} gives losses that are not finite, its weights are damaged: name "
+                                     "an earlier checkpoint")
         report(config, result, model.config.block_size)
-        if out:
-            for i, example in enumerate(examples):
-                out.write(json.dumps({
-                    "example": i + 1, "label": int(example["label"]), "acc_prediction": result["acc_predictions"][i],
-                    "acc_norm_prediction": result["predictions"][i], "losses": result["losses"][i],
-                    "tokens": result["tokens"][i]}) + "\n")
+        if config.out and rank == 0:
+            write_out(Path(config.out), examples, result)
 
 
 if __name__ == "__main__":

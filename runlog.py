@@ -95,8 +95,8 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
 
 def explain(error: Exception) -> str:
     """What an exception of some library says, or the one that it came from, in one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -104,8 +104,9 @@ def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
     """A tqdm bar; where nobody watches, in a job's log file, a line every half minute."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True, disable=quiet,
-                mininterval=0.5 if sys.stderr.isatty() else 30)
+    seen = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True,
+                disable=quiet or sys.stderr is None, mininterval=0.5 if seen else 30)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,7 @@ class TrainConfig:
         require(self.model in MODELS, "model", "one of " + ", ".join(MODELS))
         require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
         require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
+        require(self.hellaswag_every or not self.hellaswag_data, "hellaswag_every", "more than 0 to use a file of it")
         require(self.min_lr <= self.max_lr, "min_lr", f"at most max_lr, {self.max_lr}")
 
 
@@ -298,7 +299,7 @@ def load_model(source, device="cpu") -> GPT:
         return GPT.from_pretrained(source).to(device)
     state = checkpoint.load(path) if path.suffix == ".pt" else checkpoint.newest(path, print0)[1]
     if state is None:
-        raise UserError(f"{source} holds neither a checkpoint nor a transformers model")
+        raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model")
     return model_with(state["model_config"], state["model"], source).to(device)
 
 

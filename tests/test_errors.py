@@ -28,6 +28,7 @@ def error_of(arguments, cwd=None, **environment) -> str:
     (["--max_steps", "-1"], "--max_steps is -1, it must be a number from 0"),
     (["--max_lr", "nan"], "--max_lr is nan, it must be a number from 0"),
     (["--max_lr", "inf"], "--max_lr is inf"),
+    (["--hellaswag_every", "0", "--hellaswag_data", "x.jsonl"], "--hellaswag_every is 0, it must be more than 0"),
     (["--min_lr", "1"], "--min_lr is 1.0, it must be at most max_lr"),
     (["--total_batch_size", "0"], "--total_batch_size is 0, it must be a number from 1"),
     (["--keep_checkpoints", "0"], "--keep_checkpoints is 0, it must be a number from 1"),
