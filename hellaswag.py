@@ -3,7 +3,7 @@
     python hellaswag.py --model log                    # the newest checkpoint of a run, on all 10,042 examples
     python hellaswag.py --model gpt2                   # OpenAI's weights; also a transformers folder or a .pt file
     python hellaswag.py --model log --style harness    # as lm-eval scores it
-    torchrun --nproc_per_node=8 hellaswag.py --model log
+    torchrun --standalone --nproc_per_node=8 hellaswag.py --model log
 
 Two ways to score, each with two answers: `acc` takes the ending with the lowest summed loss, `acc_norm` the lowest
 mean loss.
@@ -441,7 +441,7 @@ def check_out(path: str) -> None:
     """Make the folder for --out; UserError, before any work is done, where a file cannot be written there."""
     folder = Path(path).parent
     if os.path.lexists(path):
-        raise UserError(f"{path} is there already: delete it, or choose another --out")
+        raise UserError(f"{path} is there already: choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -108,7 +108,8 @@ class TrainConfig:
         require(self.model in MODELS, "model", "one of " + ", ".join(MODELS))
         require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
         require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
-        require(self.hellaswag_every or not self.hellaswag_data, "hellaswag_every", "more than 0 to use a file of it")
+        require(self.hellaswag_every or not (self.hellaswag_data or self.hellaswag_limit), "hellaswag_every",
+                "more than 0, for example 60, with --hellaswag_data or --hellaswag_limit")
         require(self.min_lr <= self.max_lr, "min_lr", f"at most max_lr, {self.max_lr}")
 
 
@@ -299,7 +300,8 @@ def load_model(source, device="cpu") -> GPT:
         return GPT.from_pretrained(source).to(device)
     state = checkpoint.load(path) if path.suffix == ".pt" else checkpoint.newest(path, print0)[1]
     if state is None:
-        raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model")
+        inside = next((f": did you mean {folder}?" for folder in path.iterdir() if checkpoint.listing(folder)), "")
+        raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{inside}")
     return model_with(state["model_config"], state["model"], source).to(device)
 
 
@@ -590,8 +592,8 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 
 # what may differ when a run is resumed; anything else would make it another experiment
 FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "hellaswag_every",
-                  "sample_every", "checkpoint_every",
-                  "out_dir", "hellaswag_data"}  # the folder and the file may have moved
+                  "hellaswag_limit", "hellaswag_data", "sample_every", "checkpoint_every",
+                  "out_dir"}  # the folder may have moved
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
@@ -676,6 +678,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     # what to go on from
     state = find_checkpoint(config, rank, world_size) if config.max_steps or not config.init_from else None
     resuming = bool(state and config.max_steps)  # evaluation alone resumes nothing
+    start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
     if resuming:
         adopt_choices(config, state["train_config"], world_size)
     torch.manual_seed(config.seed)
@@ -695,11 +698,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         DataLoaderLite, config.data, B=config.micro_batch_size, T=config.sequence_length, rank=rank,
         world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
     train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
-
-    start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
-    examples = []  # of HellaSwag
-    if config.hellaswag_every and start_step < config.max_steps:
-        examples = load_hellaswag(config, raw_model, rank, world_size)
+    wants_hellaswag = config.hellaswag_every > 0 and start_step < config.max_steps
+    examples = load_hellaswag(config, raw_model, rank, world_size) if wants_hellaswag else []
 
     # speed: raw_model is the plain module, model what is compiled and wrapped
     flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size

@@ -381,7 +381,7 @@ def test_the_harness_style_needs_the_official_columns(gpt2_folder, tmp_path):
     (["--split", "test"], "it must be val or train"), (["--limit", "-1"], "must be at least 0"),
     (["--data", OURS, "--model", "gpt5"], "no model 'gpt5'"), (["--device", "abacus"], "no device 'abacus'"),
     (["--out", "/proc/nowhere/x"], "cannot make the folder /proc/nowhere"), (["--models", "x"], "unrecognized"),
-    (["--data", OURS, "--out", OURS], "is there already: delete it, or choose another --out"),
+    (["--data", OURS, "--out", OURS], "is there already: choose another --out"),
     (["--out", "."], "is there already"), (["--out", "/dev/null"], "/dev/null is there already"),
 ])
 def test_wrong_flags_and_files(arguments, message, gpt2_folder):
@@ -520,6 +520,8 @@ def test_training_logs_it_and_a_resumed_run_too(shard_folder, tmp_path):
     (out / "model_000005.pt").unlink()
     again = run(flags(data=shard_folder, out_dir=out, **EVERY | {"hellaswag_every": 4}, hellaswag_limit=12))
     assert "resumed after step 4" in again.stdout and read_log(out, "hellaswag") == lines, again.stderr
+    near = run(["--model", tmp_path, "--data", OURS], script=ROOT / "hellaswag.py")
+    assert near.returncode == 2 and f"did you mean {out}?" in near.stderr
 
 
 @pytest.mark.dist
