@@ -351,7 +351,7 @@ def score_batch(model, batch: list[Work], batch_tokens: int, device) -> Iterator
             idx[i, :len(read)] = torch.tensor(read)
             targets[i, :len(row.tokens) - 1 - first][-row.scored:] = torch.tensor(row.tokens[-row.scored:])
         owners = send(torch.tensor(owners), device)  # (R,)
-        copies = [[kept[owners] for kept in layer] for layer in cache]  # per block [k, v], each (R, nh, L, hs)
+        copies = [layer.rows(owners) for layer in cache] if L else model.make_cache()
         h = model.hidden_states(send(idx, device), copies)  # (R, T, C)
         yield members, sum_losses(model, torch.cat((last[owners].to(h), h), dim=1), targets)
 

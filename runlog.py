@@ -32,6 +32,9 @@ def run_command(main, *arguments):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(*arguments)
+    except BrokenPipeError:  # whoever read this has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed has a place to go
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         message, code = str(error), 2
     except ModuleNotFoundError as error:

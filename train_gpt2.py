@@ -151,6 +151,27 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, and all sizes positive")
 
 
+class KeyValueCache:
+    """Keys and values of the positions a block has read, in a buffer that doubles when it is full."""
+
+    def __init__(self, buffer=None, length: int = 0):
+        self.buffer, self.length = buffer, length  # (2, B, nh, room, hs), the first `length` of the room in use
+
+    def append(self, k, v):
+        """k and v of new positions, (B, nh, T, hs) -> those of all so far, (2, B, nh, length, hs)."""
+        past, self.length = self.length, self.length + k.size(2)
+        if past == 0 or self.length > self.buffer.size(3):
+            full, self.buffer = self.buffer, k.new_empty(2, *k.shape[:2], past + self.length, k.size(3))
+            if past:
+                self.buffer[..., :past, :] = full[..., :past, :]
+        self.buffer[0, :, :, past:self.length], self.buffer[1, :, :, past:self.length] = k, v
+        return self.buffer[:, :, :, :self.length]  # (2, B, nh, length, hs)
+
+    def rows(self, index) -> "KeyValueCache":
+        """A cache of its own for the rows `index` (R,) of the batch; a row may come more than once."""
+        return KeyValueCache(self.buffer[:, index, :, :self.length], self.length)  # (2, R, nh, length, hs)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before, (B, T, C) -> (B, T, C)."""
 
@@ -164,13 +185,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, nh, T, hs)
-        mask = None
-        if cache is not None:
-            if cache:  # earlier positions come first
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, nh, past + T, hs)
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, past + T)
-            cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
+        past, mask = cache.length if cache else 0, None
+        if cache:
+            k, v = cache.append(k, v)  # (B, nh, past + T, hs) each
+        if past and T > 1:  # one new position alone sees all
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, past + T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.c_proj(y)
 
@@ -254,19 +274,19 @@ class GPT(nn.Module):
 
         `cache`, from make_cache(), holds the keys and values of the positions before idx; this call adds its own.
         """
-        past = cache[0][0].size(2) if cache and cache[0] else 0
+        past = cache[0].length if cache else 0
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} positions, but the model has {self.config.block_size}")
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache is not None else None)
+            x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)
 
-    def make_cache(self) -> list[list]:
-        """An empty key/value cache for `forward`: per block a list that comes to hold [k, v], each (B, nh, T, hs)."""
-        return [[] for _ in self.transformer.h]
+    def make_cache(self) -> list[KeyValueCache]:
+        """An empty key/value cache for `forward`, an entry a block."""
+        return [KeyValueCache() for _ in self.transformer.h]
 
     def count_parameters(self) -> int:
         """Number of weights, the shared embedding counted once."""
@@ -547,28 +567,41 @@ def evaluate_hellaswag(model: GPT, examples: list[dict], autocast, device, rank:
 
 
 @torch.no_grad()
-def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None):
-    """Continue idx (B, T) by sampling from the top_k likeliest tokens (None: from all) -> (B, T + max_new_tokens).
+def stream_tokens(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None,
+                  top_p: float = 1.0, num_samples: int = 1):
+    """Yield the tokens that continue idx (B, T), a position at a time, each (B * num_samples, 1).
 
-    temperature 0 takes the likeliest token. Past block_size the window slides. Never an id >= 50,257.
+    They are drawn from the top_k likeliest (None: from all), and of these from the fewest that have the probability
+    top_p together (Holtzman et al. 2020); temperature 0 takes the likeliest. Never an id >= 50,257. A prompt is read
+    once for all its samples. Past block_size the window slides, and every token costs a pass over all of it.
     """
-    was_training, cache = model.training, model.make_cache()
-    model.eval()
-    for _ in range(max_new_tokens):
-        if idx.size(1) > model.config.block_size:  # all positions have shifted, so cached keys and values are stale
-            logits, _ = model(idx[:, -model.config.block_size:])  # (B, block_size, V)
-        else:
-            logits, _ = model(idx[:, cache[0][0].size(2):] if cache[0] else idx, cache=cache)  # (B, new, V)
-        logits = logits[:, -1, :VOCAB_SIZE].float()  # (B, V)
-        likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each
+    block_size, cache = model.config.block_size, model.make_cache()
+    h = model.hidden_states(idx[:, -block_size:], cache)[:, -1]  # (B, C)
+    owners = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)  # (B * num_samples,)
+    idx, h, cache = idx[owners], h[owners], [layer.rows(owners) for layer in cache]  # from here on B * num_samples rows
+    for i in range(max_new_tokens):
+        if i > 0 and idx.size(1) <= block_size:
+            h = model.hidden_states(idx[:, -1:], cache)[:, -1]  # (B, C)
+        elif i > 0:  # all positions have shifted, so cached keys and values are stale
+            h = model.hidden_states(idx[:, -block_size:])[:, -1]  # (B, C)
+        logits = model.lm_head(h)[:, :VOCAB_SIZE].float()  # (B, V)
+        likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each, in falling order
         if temperature == 0:
             next_id = ids[:, :1]  # (B, 1)
         else:
-            choice = torch.multinomial(F.softmax(likeliest / temperature, dim=-1), 1, generator=generator)  # (B, 1)
-            next_id = ids.gather(1, choice)  # (B, 1)
+            probabilities = F.softmax(likeliest / temperature, dim=-1)  # (B, top_k)
+            before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones have together
+            probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+            next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))  # (B, 1)
         idx = torch.cat((idx, next_id), dim=1)
-    model.train(was_training)
-    return idx
+        yield next_id
+
+
+def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None,
+             top_p: float = 1.0, num_samples: int = 1):
+    """Continue idx (B, T) as stream_tokens() does -> (B * num_samples, T + max_new_tokens)."""
+    new = stream_tokens(model, idx, max_new_tokens, temperature, top_k, generator, top_p, num_samples)
+    return torch.cat((idx.repeat_interleave(num_samples, dim=0), *new), dim=1)
 
 
 def sample_text(model: GPT, prompt: str, autocast, device) -> str:

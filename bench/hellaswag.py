@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bench.peers import transformers_twin
 from hellaswag import encode, evaluate, load_examples
 from machine import describe_device
 from runlog import UserError, parse_flags, progress_bar, run_command
@@ -36,19 +37,6 @@ class BenchConfig:
     data: str = ""  # file of examples (empty: the official validation split, downloaded)
     examples: int = 300  # so many of them (0: all)
     runs: int = 3  # of each side, in turn
-
-
-def transformers_twin(model: GPT):
-    """transformers' GPT2LMHeadModel with the weights of `model`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = model.config
-    twin = GPT2LMHeadModel(GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
-                                      vocab_size=shape.vocab_size, n_positions=shape.block_size))
-    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
-    twin.load_state_dict({name: weight.t() if name.endswith(conv1d) else weight
-                          for name, weight in model.state_dict().items()})
-    return twin.eval()
 
 
 @torch.no_grad()

@@ -344,7 +344,7 @@ def test_help_names_every_field_with_its_default():
             assert f"(default: {field.default})" in text
 
 
-@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "hellaswag", "runlog", "machine", "shards",
+@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "generate", "hellaswag", "machine", "runlog", "shards",
                                     "tokenizer"])
 def test_importing_is_silent_and_leaves_nothing(module, tmp_path):
     result = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True,

@@ -1,0 +1,156 @@
+"""Continue a prompt with a model of train_gpt2.py, an exported folder or OpenAI's weights.
+
+    python generate.py --model log --prompt "Hello, I'm a language model," --num_samples 4
+    python generate.py --model gpt2 --interactive             # one prompt after the other; Ctrl-D ends
+    git log -1 | python generate.py --model log --prompt -    # the prompt from stdin
+
+The text comes as it is made, in whole characters; what is said about it goes to stderr. A sample ends with
+<|endoftext|>, which is not shown, or after max_new_tokens. How a token is drawn is in train_gpt2.stream_tokens().
+"""
+import codecs
+import contextlib
+import importlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+import machine
+from runlog import UserError, parse_flags, plural, run_command
+from tokenizer import EOT, gpt2_encoding
+from train_gpt2 import GPT, VOCAB_SIZE, load_model, processes, stream_tokens
+
+LONGEST = 200_000  # characters of a prompt: tiktoken's stack overflows on a million spaces
+
+
+@dataclass
+class GenerateConfig:
+    """What to write: every field is a flag."""
+
+    model: str = "log"  # a run's folder, a .pt file, a transformers folder, or OpenAI's gpt2 ... gpt2-xl
+    prompt: str = "Hello, I'm a language model,"  # what to continue; - reads stdin; empty: a document from its start
+    num_samples: int = 1  # continuations of a prompt, made together
+    max_new_tokens: int = 200  # tokens a sample, at most
+    temperature: float = 1.0  # above 1 more daring, below 1 more cautious, 0: always the likeliest token
+    top_k: int = 50  # draw from so many of the likeliest tokens (0: from all)
+    top_p: float = 1.0  # and of these from the fewest that have this probability together
+    seed: int = 42  # of the draws: the same again gives the same text
+    interactive: bool = False  # ask for prompts, each on its own, until Ctrl-D
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+
+    def __post_init__(self):
+        for name, right, what in (
+            ("num_samples", 1 <= self.num_samples <= 10_000, "from 1 to 10,000"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 1_000_000, "from 1 to 1,000,000"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**63, "0 or more"),
+            ("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+            ("prompt", not (self.interactive and self.prompt == "-"), "a text where --interactive reads stdin"),
+        ):
+            if not right:
+                raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
+
+
+def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) -> Iterator[tuple[int, str, int]]:
+    """Yield (sample, text, tokens): what to show next, whole characters, and how many tokens were made meanwhile.
+
+    All samples are made together. The first is shown as it comes; where it ends the second follows, as far as it is by
+    then, and so on. UserError for a prompt that is too long to encode.
+    """
+    if len(prompt) > LONGEST:
+        raise UserError(f"the prompt has {len(prompt):,} characters: take its end, the model reads no more than its "
+                        f"last {model.config.block_size:,} tokens")
+    encoding, n, shown, made = gpt2_encoding(), config.num_samples, 0, 0
+    tokens = encoding.encode(prompt, allowed_special="all") or [EOT]
+    idx = torch.tensor([tokens], device=generator.device)  # (1, T)
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]  # they keep torn characters back
+    waiting, ended = [""] * n, [False] * n
+    stream = stream_tokens(model, idx, config.max_new_tokens, config.temperature, config.top_k or None, generator,
+                           config.top_p, n)
+    for left, ids in zip(range(config.max_new_tokens - 1, -1, -1), stream):
+        for i, token in enumerate(ids.squeeze(1).tolist()):
+            if not ended[i]:
+                made, ended[i] = made + 1, token == EOT or left == 0
+                new = b"" if token == EOT else encoding.decode_single_token_bytes(token)
+                waiting[i] += decoders[i].decode(new, final=ended[i])
+        while shown < n and (waiting[shown] or ended[shown]):
+            yield shown, waiting[shown], made
+            waiting[shown], made = "", 0
+            if not ended[shown]:
+                break
+            shown += 1
+        if all(ended):
+            return
+
+
+def answer(model: GPT, prompt: str, config: GenerateConfig, generator) -> None:
+    """Print the prompt and its continuations on stdout, and on stderr how fast they came."""
+    started, tokens, last = time.perf_counter(), 0, -1
+    for sample, text, made in continuations(model, prompt, config, generator):
+        if sample > last:  # a sample begins
+            end = "\n" if last >= 0 else ""
+            title = f"--- sample {sample + 1} of {config.num_samples}\n" if config.num_samples > 1 else ""
+            print(end + title + prompt, end="", flush=True)
+        print(text, end="", flush=True)
+        last, tokens = sample, tokens + made
+    print(flush=True)
+    seconds = time.perf_counter() - started
+    print(f"({tokens:,} {plural(tokens, 'token')} in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s)",
+          file=sys.stderr)
+
+
+def prompts(config: GenerateConfig) -> Iterator[str]:
+    """What is to be continued: the prompt, what stdin holds, or what a person types until Ctrl-D or Ctrl-C."""
+    if not config.interactive:
+        if config.prompt != "-":
+            yield config.prompt
+            return
+        try:
+            yield sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # the one that echo adds
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not UTF-8 text ({error}): convert it") from error
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # arrow keys and history
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if line := input("> "):
+                yield line
+    print()
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these flags."""
+    config = GenerateConfig(**parse_flags(GenerateConfig, argv, "Continue a prompt with a GPT-2."))
+    with processes(config.device) as (_, _, device):
+        model = load_model(config.model, device)
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise UserError(f"{config.model} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise UserError(f"{config.model} has weights that are not finite: name an earlier checkpoint")
+        dtype, why = machine.pick_dtype(config.dtype, device)
+        print(f"{config.model}, {model.count_parameters():,} parameters; {machine.describe_device(device)}, "
+              f"{str(dtype).removeprefix('torch.')}: {why}", file=sys.stderr)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for prompt in prompts(config):
+                try:
+                    answer(model, prompt, config, generator)
+                except KeyboardInterrupt:
+                    if not config.interactive:
+                        raise
+                    print("\n(stopped)", file=sys.stderr)
+                except (RuntimeError, MemoryError) as error:
+                    if not machine.is_out_of_memory(error):
+                        raise
+                    raise UserError("out of memory: take fewer --num_samples") from error
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
