@@ -5,6 +5,7 @@
     load(path)                  the state of one checkpoint, verified; runs no code that a file might carry
     prune(folder, keep, step)   deletes all but the newest up to a step
     read_transformers(folder)   (shape, weights) of a GPT-2 in transformers' layout, or of OpenAI's by name
+    write_transformers(folder)  the other way round
     lock(folder)                a context in which no other process can train into the folder
 
 A checkpoint is what torch.save makes of tensors, numbers, strings, lists and dicts: a zip file with checksums.
@@ -27,6 +28,7 @@ GPT2_SETTINGS = {  # of transformers' config.json: with another value it is anot
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
 }
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # matrices that transformers keeps as (in, out)
 KEYS = ("model", "optimizer", "model_config", "train_config", "step", "position", "val_loss")
 
 
@@ -114,11 +116,10 @@ def prune(folder, keep: int, step: int) -> None:
 def read_transformers(name_or_folder) -> tuple[dict, dict]:
     """A GPT-2 in transformers' layout -> (shape, weights): GPTConfig's fields, and the state dict in Linear layout.
 
-    Takes a folder with config.json and model.safetensors, or one of OpenAI's names, which huggingface_hub downloads.
-    Conv1D matrices are (in, out) in the file and are transposed. CheckpointError where it cannot be had or is no GPT-2.
+    Takes a folder with config.json and model.safetensors, whole or in parts, or one of OpenAI's names, which
+    huggingface_hub downloads. CheckpointError where it cannot be had or is no GPT-2.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     folder = Path(name_or_folder)
     if not folder.is_dir():
@@ -133,17 +134,52 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
         if settings.get("n_inner") not in (None, 4 * shape["n_embd"]):
             raise ValueError(f"n_inner is {settings['n_inner']!r}, GPT-2's is 4 * n_embd")
         weights = {}
-        for key, weight in load_file(folder / "model.safetensors").items():
+        for key, weight in read_safetensors(folder).items():
             key = key.removeprefix("transformer.")
             if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the head is wte; the masks are no weights
-            conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            weights["transformer." + key] = weight.t() if conv1d else weight
+            weights["transformer." + key] = weight.t() if key.endswith(CONV1D) else weight
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no GPT-2 in transformers' layout: "
                               f"{type(error).__name__}: {first_line(error)}") from error
     return shape, weights
+
+
+def read_safetensors(folder: Path) -> dict:
+    """All tensors of a folder's model.safetensors, or of the parts that its model.safetensors.index.json lists."""
+    from safetensors.torch import load_file
+
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists():
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            raise ValueError(f"there is {others[0]}, which can run code, but no model.safetensors: load it with "
+                             "transformers and save_pretrained" if others else "there is no model.safetensors")
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"its index names {outside[0]!r}, a file in another folder")
+    return {key: weight for name in names for key, weight in load_file(folder / name).items()}
+
+
+def write_transformers(folder, shape: dict, weights: dict, generation: dict) -> None:
+    """Write config.json, generation_config.json and model.safetensors for transformers and read_transformers().
+
+    `shape` are GPTConfig's fields; `weights` the state dict, whose lm_head, being wte, is left out. `generation` are
+    settings for both configurations.
+    """
+    from safetensors.torch import save_file
+
+    settings = {**GPT2_SETTINGS, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",
+                "n_positions": shape["block_size"], "n_ctx": shape["block_size"], "n_inner": None,
+                "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True,
+                **{key: shape[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}, **generation}
+    for name, values in (("config.json", settings), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({key: (weight.t() if key.endswith(CONV1D) else weight).contiguous()
+               for key, weight in weights.items() if key != "lm_head.weight"},
+              folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def download_openai(name: str) -> Path:

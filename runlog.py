@@ -5,16 +5,19 @@ Nothing here changes what is computed.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 
@@ -47,20 +50,23 @@ def run_command(main, *arguments):
     sys.exit(code)
 
 
-def parse_flags(cls, argv: list[str], description: str) -> dict:
+def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = ()) -> dict:
     """The flags given in argv as {field: value}: each field of the dataclass `cls` is a flag, its trailing comment in
-    the source the help text. UserError, one line, for a wrong flag."""
+    the source the help text; those named in `positional` are no flags. UserError, one line, for a wrong flag."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
     parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
         text = comments.get(field.name, "").replace("%", "%%")
-        if field.default is not None:
+        if field.default not in (None, dataclasses.MISSING):
             text += f" (default: {field.default if field.default != '' else 'empty'})"
-        if field.type in (bool, bool | None):
+        if field.name in positional:
+            several = {"nargs": "*", "type": str} if field.type is list else {"type": field.type}
+            parser.add_argument(field.name, help=text, **several)
+        elif field.type in (bool, bool | None):
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=text)
-    return vars(parser.parse_args(argv))
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -174,6 +180,13 @@ def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_
     print0("-" * 100)
 
 
+def command_line() -> str:
+    """The command that started this process, with torchrun before it where there are several on this machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+    return f"{launcher} {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
+
+
 def plural(count: int, noun: str) -> str:
     """The noun, with an s unless there is one of it."""
     return noun if count == 1 else noun + "s"
@@ -186,11 +199,46 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class Tracker:
+    """The numbers of log.jsonl in tensorboard, wandb or trackio too, named `train/loss` and so on.
+
+    A resumed run (`step` >= 0) goes on where it stopped. UserError where the package is missing or refuses to start.
+    """
+
+    def __init__(self, config, step: int):
+        name, folder = config.logger, Path(config.out_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # what it has of later steps
+                self.log = lambda step, numbers: [writer.add_scalar(key, numbers[key], step) for key in numbers]
+                self.flush, self.close = writer.flush, writer.close
+                return
+            service = importlib.import_module(name)
+            known = folder / "run_id"  # of this run, where the service knows many
+            if step < 0 or not known.exists():
+                known.write_text(uuid.uuid4().hex[:8])
+            run_id = known.read_text()
+            options = ({"id": run_id, "name": config.out_dir, "dir": config.out_dir} if name == "wandb" else
+                       {"name": f"{config.out_dir} {run_id}"})
+            service.init(project="gpt2", resume="allow", config=dataclasses.asdict(config), **options)
+            self.log = lambda step, numbers: service.log(numbers, step=step)
+            self.flush, self.close = lambda: None, service.finish
+        except ModuleNotFoundError as error:
+            raise UserError(f"--logger {name} needs a package that is not here: pip install {name}") from error
+        except Exception as error:
+            raise UserError(f"--logger {name} does not start ({explain(error)}): mend that or leave it out; log.jsonl "
+                            "is written in any case") from error
+
+
 class RunLog:
     """What a run says while it goes, on rank 0 only: lines on the screen, and one JSON object a line in log.jsonl.
 
     Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped. Evaluation alone (max_steps 0)
-    appends to eval.jsonl instead, so that it never touches the log of a training run.
+    appends to eval.jsonl instead, so that it never touches the log of a training run. After each validation loss.png
+    is drawn anew, at the end report.md is written: where that fails, one line says so and training goes on.
     """
 
     def __init__(self, config, rank: int, step: int, flops_per_step: float, peak: float):
@@ -198,6 +246,8 @@ class RunLog:
         self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
         self.seconds = math.nan  # moving average of a step's time
         self.torn = False  # whether the last write stopped within a line
+        self.failed = set()  # what beside the log could not be written, said once
+        self.tracker = Tracker(config, step) if rank == 0 and config.logger else None
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,11 +287,27 @@ class RunLog:
         except OSError as error:
             self.torn = True
             print0(f"warning: cannot write {self.path}: {error}; training goes on")
+        if self.tracker and "step" in values:
+            numbers = {f"{kind}/{key}": value for key, value in finite.items()
+                       if key != "step" and isinstance(value, (int, float))}
+            self._try(self.config.logger, lambda: self.tracker.log(values["step"], numbers))
+
+    def _try(self, what: str, action) -> None:
+        """Do what training can do without; the first failure of it is said, and it is left alone from then on."""
+        if what in self.failed:
+            return
+        try:
+            action()
+        except Exception as error:  # a drawing library or a service has dozens of errors
+            self.failed.add(what)
+            print0(f"warning: no {what}: {explain(error)}")
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
         if self.rank == 0:
             os.fsync(self.file.fileno())
+        if self.tracker:
+            self._try(self.config.logger, self.tracker.flush)
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool) -> None:
         """The `step`-th step is finished and took `seconds`; FloatingPointError after five in a row were skipped."""
@@ -264,6 +330,18 @@ class RunLog:
         """The validation loss after `step` steps."""
         print0(f"step {step}/{self.config.max_steps} | validation loss {loss:.4f}")
         self.write("val", step=step, loss=loss)
+        if self.rank == 0 and self.config.max_steps:
+            self._try("loss.png", self._draw)
+
+    def _draw(self) -> None:
+        import plot
+
+        plot.draw({self.config.out_dir: plot.read_log(self.path)}, self.path.with_name("loss.png"))
+
+    def _report(self) -> None:
+        import report
+
+        report.write_report(self.config.out_dir)
 
     def hellaswag(self, step: int, result: dict) -> None:
         """HellaSwag after `step` steps, as hellaswag.evaluate() gives it."""
@@ -280,6 +358,8 @@ class RunLog:
 
     def end(self, step: int, val_loss: float, stopping: bool) -> None:
         """The last words: the result, or how to go on."""
+        if self.tracker:
+            self._try(self.config.logger, self.tracker.close)
         took = clock(time.perf_counter() - self.started)
         if stopping:
             print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command goes on from there")
@@ -287,9 +367,13 @@ class RunLog:
         if not self.config.max_steps:
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
             return
+        if self.rank == 0:
+            self._try("loss.png", self._draw)  # with the last HellaSwag
+            self._try("report.md", self._report)
         tokens = step * self.config.total_batch_size
+        files = [name for name in ("checkpoints", "log.jsonl", "loss.png", "report.md") if name not in self.failed]
         print0(f"finished: validation loss {val_loss:.4f} after {step:,} steps and {tokens:,} tokens, {took} since the "
-               f"start; checkpoints and log.jsonl in {self.config.out_dir}")
+               f"start; {', '.join(files)} in {self.config.out_dir}")
         if Path(self.config.data).name == "input.txt":
             print0("this was a small text; for GPT-2 124M itself run python fineweb.py, which puts 10 billion tokens "
                    "of FineWeb-Edu into edu_fineweb10B/, and python train_gpt2.py again, on a GPU")

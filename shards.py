@@ -98,6 +98,23 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
     return found
 
 
+def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
+    """What a run's log says of its data: the manifest's source and commit, if any, and the hash of what is validated.
+
+    `val_shards` are the tokens of the validation split, of which the first `val_tokens` count.
+    """
+    values = {}
+    for manifest in sorted(Path(data).glob("manifest*.json"))[:1]:
+        with contextlib.suppress(DataError):  # another program's
+            values = read_record(manifest)
+    hashed, left = hashlib.sha256(), val_tokens
+    for tokens in val_shards:
+        hashed.update(np.ascontiguousarray(tokens[:left], dtype="<u2").data)
+        left -= min(left, len(tokens))
+    return {"source": values.get("source") or values.get("download"), "revision": values.get("revision"),
+            "val_tokens": val_tokens - left, "val_sha256": hashed.hexdigest()}
+
+
 class ShardWriter:
     """A .npy file of uint16 as np.save writes it, under a temporary name until it is whole.
 

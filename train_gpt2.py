@@ -86,6 +86,7 @@ class TrainConfig:
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples continue
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: int = 2  # newest checkpoints that stay on disk
+    logger: str = ""  # tensorboard, wandb or trackio: where the numbers of log.jsonl go as well
     compile: bool | None = None  # torch.compile (default: where a compiler is found and the run is long enough)
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -108,6 +109,7 @@ class TrainConfig:
         require(self.model in MODELS, "model", "one of " + ", ".join(MODELS))
         require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
         require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
+        require(self.logger in ("", "tensorboard", "wandb", "trackio"), "logger", "tensorboard, wandb or trackio")
         require(self.hellaswag_every or not (self.hellaswag_data or self.hellaswag_limit), "hellaswag_every",
                 "more than 0, for example 60, with --hellaswag_data or --hellaswag_limit")
         require(self.min_lr <= self.max_lr, "min_lr", f"at most max_lr, {self.max_lr}")
@@ -315,14 +317,21 @@ def model_with(shape: dict, weights: dict, source) -> GPT:
 
 def load_model(source, device="cpu") -> GPT:
     """A run folder (its newest whole checkpoint), a .pt file, a transformers folder or an OpenAI name -> GPT."""
+    state = load_state(source)
+    model = model_with(state["model_config"], state["model"], source) if state else GPT.from_pretrained(source)
+    return model.to(device)
+
+
+def load_state(source) -> dict | None:
+    """The checkpoint that `source` is, or the newest whole one in that run folder; None for any other source."""
     path = Path(source)
     if path.suffix != ".pt" and (not path.is_dir() or (path / "config.json").exists()):
-        return GPT.from_pretrained(source).to(device)
+        return None
     state = checkpoint.load(path) if path.suffix == ".pt" else checkpoint.newest(path, print0)[1]
     if state is None:
         inside = next((f": did you mean {folder}?" for folder in path.iterdir() if checkpoint.listing(folder)), "")
         raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{inside}")
-    return model_with(state["model_config"], state["model"], source).to(device)
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,7 +634,7 @@ def sample_text(model: GPT, prompt: str, autocast, device) -> str:
 
 # what may differ when a run is resumed (out_dir: the folder may have moved); anything else is another experiment
 FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "keep_checkpoints", "val_every", "hellaswag_every",
-                  "hellaswag_limit", "hellaswag_data", "sample_every", "checkpoint_every", "out_dir"}
+                  "hellaswag_limit", "hellaswag_data", "sample_every", "checkpoint_every", "logger", "out_dir"}
 
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
@@ -752,7 +761,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                       why_dtype, why_compile, origin, resuming)
     log0 = runlog.RunLog(config, rank, start_step if resuming else -1, flops_per_step, peak)
     log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
-               origin=origin)
+               origin=origin, ranks=world_size, command=runlog.command_line(), model=asdict(raw_model.config),
+               data=shards.describe(config.data, val_loader.shards, config.val_tokens))
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
     seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already

@@ -344,8 +344,8 @@ def test_help_names_every_field_with_its_default():
             assert f"(default: {field.default})" in text
 
 
-@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "generate", "hellaswag", "machine", "runlog", "shards",
-                                    "tokenizer"])
+@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "export_hf", "generate", "hellaswag", "machine",
+                                    "plot", "report", "runlog", "shards", "tokenizer"])
 def test_importing_is_silent_and_leaves_nothing(module, tmp_path):
     result = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})

@@ -1,0 +1,234 @@
+"""export_hf.py and the import against transformers and lm-eval: the same bits there and back, nothing left behind."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags, read_log, run
+from test_hellaswag import OURS, lm_eval_samples
+from test_model import random_gpt2
+
+import checkpoint
+import export_hf
+from runlog import UserError
+from tokenizer import gpt2_encoding
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
+
+transformers = pytest.importorskip("transformers")
+
+SCRIPT = ROOT / "export_hf.py"
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def save(folder, model, step=3):
+    """A checkpoint of `model` alone, as training would write it."""
+    folder.mkdir(exist_ok=True)
+    return checkpoint.save(folder, step, {"model": model.state_dict(), "model_config": vars(model.config), "step": step,
+                                          **{key: {} for key in ("optimizer", "train_config", "position", "val_loss")}})
+
+
+def random_gpt(**shape) -> GPT:
+    """Our model with all weights random, biases and LayerNorms too, and a padded vocabulary."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=PADDED_VOCAB_SIZE, **shape))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_there_and_back_in_the_same_bits(name, tmp_path):
+    ours = random_gpt(**{**MODELS[name], "n_embd": 2 * MODELS[name]["n_head"]}, block_size=24)
+    save(tmp_path / "log", ours)
+    result = run([tmp_path / "log", tmp_path / "out"], script=SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert "largest difference of a logit" in result.stdout and "by transformers 5" in result.stdout
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    weights, state = theirs.state_dict(), ours.state_dict()
+    assert set(weights) == set(state)
+    for key, weight in weights.items():
+        expected = state[key][:50257] if key in ("transformer.wte.weight", "lm_head.weight") else state[key]
+        assert torch.equal(weight.t() if key.endswith(CONV1D) else weight, expected), key
+    assert theirs.lm_head.weight.data_ptr() == theirs.transformer.wte.weight.data_ptr()
+    idx = torch.randint(0, 50257, (2, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :50257], atol=1e-4, rtol=0)
+
+    theirs.save_pretrained(tmp_path / "theirs")  # and from transformers' own files back to ours
+    back = load_model(tmp_path / "theirs").state_dict()
+    assert all(torch.equal(back[key], state[key][:50257] if "wte" in key or "lm_head" in key else state[key])
+               for key in state)
+
+
+def test_auto_classes_load_it_without_a_word(tmp_path):
+    save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=32))
+    assert run([tmp_path / "log", tmp_path / "out"], script=SCRIPT).returncode == 0
+    script = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+logging.disable_progress_bar()
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+texts = json.loads(sys.argv[2])
+ids = [tokenizer(text)["input_ids"] for text in texts]
+print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.model_max_length, tokenizer.eos_token_id,
+                  len(tokenizer), model.generation_config.eos_token_id, str(model.dtype)]))
+"""
+    texts = ["Hello world", " two\n\n\n  three \t", "don't WE'LL", "naïve 你好 🙂👩‍🚀", "<|endoftext|>x", "0123456789",
+             "\u200b\u00a0"]
+    result = subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path / "out"), json.dumps(texts)],
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    ids, back, *rest = json.loads(result.stdout)
+    assert ids == [gpt2_encoding().encode(text, allowed_special="all") for text in texts]
+    assert back == texts and rest == [32, 50256, 50257, 50256, "torch.float32"]
+
+
+def test_another_model_than_the_checkpoint_is_refused_and_deleted(tmp_path, monkeypatch):
+    """A square matrix that is not transposed fits everywhere: only the logits show it."""
+    save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16))
+    monkeypatch.setattr(checkpoint, "CONV1D", ("c_attn.weight", "c_fc.weight", "mlp.c_proj.weight"))
+    with pytest.raises(UserError, match=r"other logits than .*log, by up to \d"):
+        export_hf.main([str(tmp_path / "log"), str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
+def test_without_transformers_it_reads_what_it_wrote_itself(tmp_path):
+    save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16))
+    script = tmp_path / "hide.py"
+    script.write_text("import importlib.util, sys\nsys.modules['transformers'] = None\n"
+                      "find = importlib.util.find_spec\n"
+                      "importlib.util.find_spec = lambda name: None if name == 'transformers' else find(name)\n"
+                      "import export_hf\nexport_hf.main(sys.argv[1:])\n")
+    result = run([tmp_path / "log", tmp_path / "out"], script=script)
+    assert "logit 0.0e+00 (loaded again by train_gpt2.py itself" in result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run."""
+    from conftest import write_shards
+
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(flags(data=write_shards(folder / "data"), out_dir=folder / "log"), cwd=folder).returncode == 0
+    return folder / "log"
+
+
+def test_the_model_card_is_the_run_s(trained, tmp_path):
+    assert run([trained, tmp_path / "last"], script=SCRIPT).returncode == 0
+    card, val = (tmp_path / "last" / "README.md").read_text(), read_log(trained, "val")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "# last" in card
+    assert f"{val[-1]['loss']:.4f} after 6 steps" in card
+    assert "768 in 6 steps of 128, windows of 16" in card
+    assert f"torch {torch.__version__}" in card and "`python train_gpt2.py --n_layer 2" in card
+    assert "Not measured: HellaSwag, any other benchmark" in card and "No reference exists for this data" in card
+    model = load_model(tmp_path / "last")
+    assert f"{model.count_parameters():,} parameters" in card
+
+    assert run([trained / "model_000004.pt", tmp_path / "earlier"], script=SCRIPT).returncode == 0
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert f"{val[1]['loss']:.4f} after 3 steps" in card and "512 in 4 steps" in card
+
+    assert run([tmp_path / "last", tmp_path / "again"], script=SCRIPT).returncode == 0
+    assert "No log of its training was found" in (tmp_path / "again" / "README.md").read_text()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "last").iterdir() if path.name != "README.md"} == {
+        path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.name != "README.md"}
+
+
+def test_an_exported_run_is_evaluated_and_trained_further(trained, tmp_path):
+    """The loss of the export is the run's, but for the share of the rows that pad the vocabulary."""
+    assert run([trained, tmp_path / "out"], script=SCRIPT).returncode == 0
+    data = trained.parent / "data"
+    result = run(flags(data=data, init_from=tmp_path / "out", out_dir=tmp_path / "eval", max_steps=0))
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "eval" / "eval.jsonl").read_text().splitlines()]
+    padding = PADDED_VOCAB_SIZE / 50257 - 1  # what the extra rows of an untrained vocabulary take
+    assert lines[-1]["loss"] == pytest.approx(read_log(trained, "val")[-1]["loss"], abs=2 * padding)
+    result = run(flags(data=data, init_from=tmp_path / "out", out_dir=tmp_path / "tuned"))
+    assert result.returncode == 0 and f"from {tmp_path / 'out'}" not in result.stderr
+    assert read_log(tmp_path / "tuned", "val")[0]["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_what_is_there_already_stays(there, trained, tmp_path):
+    out = tmp_path / "out"
+    if there == "folder":
+        out.mkdir()
+    kept = out / "mine.txt" if there == "folder" else out
+    kept.write_text("mine")
+    result = run([trained, out], script=SCRIPT)
+    assert result.returncode == 2 and "is there already: name a new folder" in result.stderr
+    assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: model, out"),
+    (["x"], "the following arguments are required: out"),
+    (["nothing", "out"], "no model 'nothing': name a folder"),
+    (["small", "out"], "has 99 tokens, too few for GPT-2's encoding"),
+    (["empty", "out"], "holds neither a whole checkpoint nor a transformers model"),
+    (["small", "small/config.json/out"], "cannot write"),
+])
+def test_wrong_arguments(arguments, message, tmp_path):
+    random_gpt2(tmp_path / "small", n_layer=1, n_head=1, n_embd=8, vocab_size=99, n_positions=8)
+    (tmp_path / "empty").mkdir()
+    result = run(arguments, cwd=tmp_path, script=SCRIPT)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "small"]
+
+
+def test_folders_in_parts_are_read(tmp_path):
+    theirs = random_gpt2(tmp_path / "one", n_layer=2, n_head=2, n_embd=32, vocab_size=211, n_positions=24)
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    one, parts = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "parts").state_dict()
+    assert all(torch.equal(one[key], parts[key]) for key in one)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: next(folder.glob("model-*2-of*")).unlink(), "No such file or directory"),
+    (lambda folder: rename_part(folder, "../stolen.safetensors"), "its index names '../stolen.safetensors'"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "JSONDecodeError"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "KeyError"),
+    (lambda folder: [path.unlink() for path in folder.glob("model*")], "there is no model.safetensors"),
+    (lambda folder: [*[path.unlink() for path in folder.glob("model*")],
+                     (folder / "pytorch_model.bin").write_bytes(b"x")], "pytorch_model.bin, which can run code"),
+])
+def test_folders_in_parts_that_are_not_whole(spoil, message, tmp_path):
+    theirs = random_gpt2(tmp_path / "one", n_layer=2, n_head=2, n_embd=32, vocab_size=211, n_positions=24)
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    spoil(tmp_path / "parts")
+    result = run([tmp_path / "parts", tmp_path / "out"], script=SCRIPT)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def rename_part(folder, name):
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"] = dict.fromkeys(values["weight_map"], name)
+    index.write_text(json.dumps(values))
+
+
+def test_lm_eval_on_the_export_agrees_with_the_harness_style_on_the_checkpoint(tmp_path):
+    """A demo checkpoint, its export, a local file: every prediction, and the accuracies."""
+    result = run(["--data", ROOT / "input.txt", "--max_steps", "30", "--val_tokens", "6400", "--sample_every", "0",
+                  "--out_dir", tmp_path / "log"], OMP_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    assert run([tmp_path / "log", tmp_path / "out"], script=SCRIPT).returncode == 0
+    samples, results = lm_eval_samples(tmp_path / "out", OURS, tmp_path)
+    result = run(["--model", tmp_path / "log", "--data", OURS, "--style", "harness", "--out", tmp_path / "ours.jsonl",
+                  "--dtype", "float32"], script=ROOT / "hellaswag.py")
+    assert result.returncode == 0, result.stderr
+    ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert len(ours) == len(samples) == 30
+    for mine, theirs in zip(ours, samples):
+        assert mine["acc_prediction"] == np.argmin(theirs["losses"])
+        lengths = [len(choice) for choice in theirs["choices"]]
+        assert mine["acc_norm_prediction"] == np.argmin(np.divide(theirs["losses"], lengths))
+    assert results["acc,none"] == np.mean([row["acc_prediction"] == row["label"] for row in ours])
+    assert results["acc_norm,none"] == np.mean([row["acc_norm_prediction"] == row["label"] for row in ours])

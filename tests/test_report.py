@@ -1,0 +1,240 @@
+"""report.md and the loggers, of real runs: what they say is what log.jsonl and the arithmetic say."""
+import json
+import re
+import shutil
+import signal
+import statistics
+
+import pytest
+import torch
+from conftest import TINY, flags, read_log, run, write_shards
+from hub import hub
+from test_hellaswag import OURS
+from test_model import random_gpt2
+from test_plot import FINEWEB
+from test_train import run_until
+
+import report
+from fineweb import FINEWEB_EDU
+from plot import read_log as lines_of
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}  # of TINY
+
+
+def claim(folder, source):
+    """A manifest that says what the shards in `folder` are of."""
+    record = {"source": source, "revision": "c" * 40, "node_rank": 0, "num_nodes": 1, "shards": []}
+    (folder / "manifest.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run on shards that claim to be FineWeb-Edu, with HellaSwag, stopped once and resumed."""
+    folder = tmp_path_factory.mktemp("report")
+    data = claim(write_shards(folder / "data"), FINEWEB)
+    arguments = flags(data=data, out_dir=folder / "log", max_steps=60, hellaswag_every=30, hellaswag_data=OURS)
+    code, printed = run_until(arguments, "step 40/", signal.SIGTERM)
+    assert code == 0, printed
+    assert not (folder / "log" / "report.md").exists()
+    result = run(arguments)
+    assert result.returncode == 0 and "resumed after step" in result.stdout, result.stderr
+    return folder / "log"
+
+
+def test_the_report_says_what_the_log_says(finished):
+    text, train = (finished / "report.md").read_text(), read_log(finished, "train")
+    val, scored = read_log(finished, "val")[-1], read_log(finished, "hellaswag")[-1]
+    assert f"{val['loss']:.4f} after 60 steps" in text
+    assert f"{scored['acc_norm']:.2%} ± " in text and "on 30 examples after 60 steps" in text
+    assert "7,680 in 60 steps of 128, windows of 16" in text
+    assert f"{sum(line['dt_ms'] for line in train) / 3.6e6:.3g} hours" in text
+    assert f"{statistics.median(line['tok_per_s'] for line in train):,.0f} tokens/s" in text
+    assert f"MFU {statistics.median(line['mfu'] for line in train):.1%}" in text
+    assert f"torch {torch.__version__}" in text
+    assert re.search(r"`python train_gpt2\.py --n_layer 2 .*` \(2 times: it was resumed\)", text)
+    assert "![training and validation loss](loss.png)" in text and (finished / "loss.png").exists()
+    assert FINEWEB in text and "from fresh weights" in text
+    assert "No reproduction of GPT-2 124M: the model has another shape" in text
+    assert text.count("\n\n|") == 2 and "Not measured: any other benchmark" in text
+
+
+def test_the_pinned_source_is_fineweb_s():
+    assert FINEWEB_EDU == FINEWEB
+
+
+@pytest.fixture
+def as_124m(monkeypatch):
+    """TINY's shape counts as GPT-2's 124M, its validation tokens as the published ones."""
+    monkeypatch.setattr(report, "GPT2", SHAPE)
+
+
+def edited(finished, tmp_path, edit):
+    """A copy of the finished run whose lines went through `edit`."""
+    shutil.copytree(finished, tmp_path / "log")
+    lines = [edit(line) or line for line in lines_of(finished)]
+    (tmp_path / "log" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "log"
+
+
+def reached(loss, acc_norm=0.31, n=10_042, **changes):
+    """An edit of lines: the run ended with that loss and HellaSwag on FineWeb-Edu's own validation tokens."""
+    def edit(line):
+        if line["kind"] == "val":
+            line["loss"] = loss
+        elif line["kind"] == "hellaswag":
+            line.update(acc_norm=acc_norm, n=n)
+        elif line["kind"] == "run":
+            line["config"].update({"sequence_length": 1024, **changes})
+            line["data"]["val_tokens"] = 10_485_760
+            line["model"]["block_size"] = 1024
+    return edit
+
+
+@pytest.mark.parametrize("edit, expected", [
+    (reached(3.28), "Reproduced: validation loss 3.2800, 0.0124 below OpenAI's 3.2924; HellaSwag 31.00%, 1.45 points "
+                    "above 29.55%."),
+    (reached(3.2924), "Reproduced: validation loss 3.2924, 0.0000 below"),
+    (reached(3.35), "Not reproduced: validation loss 3.3500, 0.0576 above OpenAI's 3.2924; HellaSwag 31.00%"),
+    (reached(3.28, acc_norm=0.28), "Not reproduced: validation loss 3.2800, 0.0124 below OpenAI's 3.2924; HellaSwag "
+                                   "28.00%, 1.55 points below 29.55%."),
+    (reached(3.28, n=1000), "Reproduced: validation loss 3.2800, 0.0124 below OpenAI's 3.2924; HellaSwag was not "
+                            "measured on all examples."),
+    (reached(None), "Not reproduced: the run has no validation loss."),
+    (reached(3.28, init_from="gpt2"), "No reproduction: the run began with the weights of gpt2."),
+    (reached(3.28, sequence_length=512), "No reproduction of GPT-2 124M"),
+])
+def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "GPT2", {**SHAPE, "block_size": 1024})
+    folder = edited(finished, tmp_path, edit)
+    report.write_report(folder)
+    text = (folder / "report.md").read_text()
+    assert f"**{expected}" in text
+    assert "| 3.2924, published for the same source, commit and tokens |" in text or "None" not in text
+
+
+@pytest.mark.parametrize("source, tokens", [("HuggingFaceFW/fineweb-edu/sample/10BT", 10_485_760),
+                                            (FINEWEB, 10_000_000), ("kjj0/finewebedu10B-gpt2", 10_485_760)])
+def test_the_published_loss_is_of_the_pinned_source_alone(source, tokens, finished, tmp_path, as_124m):
+    def edit(line):
+        if line["kind"] == "run":
+            line["data"].update(source=source, val_tokens=tokens)
+    folder = edited(finished, tmp_path, edit)
+    assert report.verdict(folder, lines_of(folder)).startswith("No verdict: OpenAI's loss on this validation split")
+    assert "3.2924" not in report.write_report(folder).read_text()
+
+
+def test_other_data_have_no_reference(shard_folder, tmp_path, as_124m):
+    claim(shard_folder, "my_texts")
+    assert run(flags(data=shard_folder, out_dir=tmp_path / "log")).returncode == 0
+    text = (tmp_path / "log" / "report.md").read_text()
+    assert "**No reference exists for this data" in text and "3.2924" not in text and "29.55" not in text
+    assert "Not measured: HellaSwag" in text
+
+
+def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished, tmp_path, as_124m):
+    """`--init_from gpt2 --max_steps 0` into the run's folder, OpenAI's weights from a hub on loopback."""
+    random_gpt2(tmp_path / "model", std=0.02, n_layer=2, n_head=2, n_embd=16, n_positions=32)
+    log = tmp_path / "log"
+    shutil.copytree(finished, log)
+    data = finished.parent / "data"
+    other = claim(write_shards(tmp_path / "other", seed=7), FINEWEB)
+    with hub({"models/openai-community/gpt2": tmp_path / "model"}, tmp_path / "cache") as (environment, _):
+        for changes in ({"data": other}, {"val_tokens": 160}, {"sequence_length": 8},
+                        {"init_from": tmp_path / "model"}):
+            arguments = flags(**{"data": data, "out_dir": log, "max_steps": 0, "init_from": "gpt2", **changes})
+            result = run(arguments, **environment)
+            assert result.returncode == 0, result.stderr
+            assert report.verdict(log, lines_of(log)).startswith("No verdict"), changes
+        assert run(flags(data=data, out_dir=log, max_steps=0, init_from="gpt2"), **environment).returncode == 0
+    theirs = json.loads((log / "eval.jsonl").read_text().splitlines()[-1])["loss"]
+    ours = read_log(log, "val")[-1]["loss"]
+    words = "Reproduced" if ours <= theirs else "Not reproduced"
+    expected = f"{words}: validation loss {ours:.4f}, {abs(ours - theirs):.4f} "
+    assert report.verdict(log, lines_of(log)).startswith(expected)
+    again = run(flags(data=data, out_dir=log, max_steps=60, hellaswag_every=30, hellaswag_data=OURS))
+    assert again.returncode == 0, again.stderr
+    assert f"{theirs:.4f}, measured on the same tokens, float32" in (log / "report.md").read_text()
+
+
+def test_a_manifest_of_another_program_does_no_harm(shard_folder, tmp_path):
+    (shard_folder / "manifest.json").write_text("[1, 2")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "log"))
+    assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "log", "run")[0]["data"]["source"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------- loggers
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """What tensorboard itself reads from an event folder: {name: [(step, value), ...]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_numbers_of_the_log_once_each(shard_folder, tmp_path):
+    """Also of a run that was killed after steps that are done again when it is resumed."""
+    pytest.importorskip("tensorboard")
+    arguments = flags(data=shard_folder, out_dir=tmp_path, max_steps=60, checkpoint_every=10, logger="tensorboard",
+                      hellaswag_every=30, hellaswag_data=OURS)
+    code, printed = run_until(arguments, "step 47/", signal.SIGKILL)
+    assert code == -signal.SIGKILL, printed
+    result = run(arguments)
+    assert result.returncode == 0 and "resumed after step 40" in result.stdout, result.stderr
+    found = scalars(tmp_path / "tensorboard")
+    for kind, keys in (("train", ("loss", "lr", "norm", "tok_per_s", "mfu", "dt_ms", "tokens")), ("val", ("loss",)),
+                       ("hellaswag", ("acc_norm", "acc", "n"))):
+        for key in keys:
+            expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in read_log(tmp_path, kind)]
+            assert len(expected) > 1 and found[f"{kind}/{key}"] == expected, (kind, key)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_logger_that_is_not_installed_is_named(name, shard_folder, tmp_path):
+    script = tmp_path / "hide.py"
+    script.write_text(f"import sys\nsys.modules['{name}'] = None\nimport runlog, train_gpt2\nrunlog.run_command("
+                      "lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "log", logger=name), script=script)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == (f"error: --logger {name} needs a package that is not here: pip "
+                                                      f"install {name}")
+    assert not list((tmp_path / "log").glob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_a_service_is_told(name, shard_folder, tmp_path):
+    """A module of that name records the calls: their packages are not installed with the tests."""
+    (tmp_path / f"{name}.py").write_text(f"""
+import json
+def write(*values):
+    with open({str(tmp_path / 'calls.jsonl')!r}, "a") as file:
+        file.write(json.dumps(values) + "\\n")
+def init(**options):
+    write("init", options)
+def log(numbers, step):
+    write("log", step, numbers)
+    if step == 5:
+        raise ConnectionError("the service is gone")
+def finish():
+    write("finish")
+""")
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "log", logger=name)
+    result = run(arguments, PYTHONPATH=f"{tmp_path}:{report.__file__.rsplit('/', 1)[0]}")
+    assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    kind, options = calls[0]
+    assert kind == "init" and options["project"] == "gpt2" and options["resume"] == "allow"
+    assert options["config"]["max_steps"] == 6
+    losses = [(step, numbers["train/loss"]) for kind, step, numbers in calls[1:] if "train/loss" in numbers]
+    assert losses == [(line["step"], line["loss"]) for line in read_log(tmp_path / "log", "train")][:5]
+    assert result.stdout.count(f"warning: no {name}: ConnectionError: the service is gone") == 1
+    assert len(read_log(tmp_path / "log", "train")) == TINY["max_steps"]
+    again = run(arguments, PYTHONPATH=f"{tmp_path}:{report.__file__.rsplit('/', 1)[0]}")
+    assert again.returncode == 0
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    second = [call[1] for call in calls if call[0] == "init"][1]
+    assert [second.get(key) for key in ("id", "name")] == [options.get(key) for key in ("id", "name")]
+    assert calls[-1] == ["finish"]
