@@ -330,7 +330,7 @@ class RunLog:
         """The validation loss after `step` steps."""
         print0(f"step {step}/{self.config.max_steps} | validation loss {loss:.4f}")
         self.write("val", step=step, loss=loss)
-        if self.rank == 0 and self.config.max_steps:
+        if self.rank == 0 and step < self.config.max_steps:  # the last picture is drawn at the end, with HellaSwag
             self._try("loss.png", self._draw)
 
     def _draw(self) -> None:
@@ -368,7 +368,7 @@ class RunLog:
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
             return
         if self.rank == 0:
-            self._try("loss.png", self._draw)  # with the last HellaSwag
+            self._try("loss.png", self._draw)
             self._try("report.md", self._report)
         tokens = step * self.config.total_batch_size
         files = [name for name in ("checkpoints", "log.jsonl", "loss.png", "report.md") if name not in self.failed]

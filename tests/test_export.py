@@ -230,7 +230,7 @@ def test_lm_eval_on_the_export_agrees_with_the_harness_style_on_the_checkpoint(d
     """A demo checkpoint, its export, a local file: every prediction, and the accuracies."""
     rows, path = harness_rows(data), tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(["--data", ROOT / "input.txt", "--max_steps", "30", "--val_tokens", "6400", "--sample_every", "0",
+    result = run(["--data", ROOT / "input.txt", "--max_steps", "10", "--val_tokens", "6400", "--sample_every", "0",
                   "--out_dir", tmp_path / "log"])
     assert result.returncode == 0, result.stderr
     assert run([tmp_path / "log", tmp_path / "out"], script=SCRIPT).returncode == 0
