@@ -598,10 +598,10 @@ def stream_tokens(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: 
         if temperature == 0:
             next_id = ids[:, :1]  # (B, 1)
         else:
-            probabilities = F.softmax(likeliest / temperature, dim=-1)  # (B, top_k)
-            before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones have together
-            probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-            next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))  # (B, 1)
+            p = F.softmax((likeliest - likeliest[:, :1]) / temperature, dim=-1)  # (B, top_k); no overflow near 0
+            if top_p < 1:
+                p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # where likelier ones have top_p already
+            next_id = ids.gather(1, torch.multinomial(p, 1, generator=generator))  # (B, 1)
         idx = torch.cat((idx, next_id), dim=1)
         yield next_id
 

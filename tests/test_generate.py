@@ -93,6 +93,13 @@ def test_draws_have_the_probabilities_of_transformers_filters(temperature, top_k
     assert ((counts - n * expected).abs() <= 5 * sigma + 1e-6).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    torch.manual_seed(1)
+    model, idx = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=1, n_head=1, n_embd=16)), torch.zeros(2, 3).long()
+    assert torch.equal(train_gpt2.generate(model, idx, 9, temperature), train_gpt2.generate(model, idx, 9, 0))
+
+
 def test_a_prompt_is_read_once_for_all_its_samples():
     torch.manual_seed(0)
     model, read = GPT(GPTConfig(block_size=32, vocab_size=60, n_layer=2, n_head=2, n_embd=16)), []

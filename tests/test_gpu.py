@@ -8,7 +8,7 @@ from test_model import random_gpt2
 from test_train import assert_same_run, final_state
 
 import hellaswag
-from train_gpt2 import GPT
+from train_gpt2 import GPT, generate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")]
 
@@ -47,3 +47,14 @@ def test_hellaswag_s_losses_are_those_of_the_cpu(tmp_path):
         losses[device, dtype] = np.array(result["losses"])
     np.testing.assert_allclose(losses["cuda", torch.float32], losses["cpu", torch.float32], atol=1e-3, rtol=0)
     np.testing.assert_allclose(losses["cuda", torch.bfloat16], losses["cpu", torch.float32], atol=0.05, rtol=0)
+
+
+def test_text_is_that_of_the_cpu(tmp_path):
+    random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=64, n_positions=64)
+    model, idx = GPT.from_pretrained(tmp_path), torch.randint(0, 50257, (2, 9))
+    expected = generate(model, idx, 80, temperature=0)  # past the block too
+    assert torch.equal(generate(model.to("cuda"), idx.to("cuda"), 80, temperature=0).cpu(), expected)
+    generator = torch.Generator("cuda")
+    draws = [generate(model, idx.to("cuda"), 20, top_p=0.9, num_samples=3, generator=generator.manual_seed(1))
+             for _ in range(2)]
+    assert torch.equal(*draws) and draws[0].shape == (6, 29)
