@@ -140,10 +140,16 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
                 continue  # the head is wte; the masks are no weights
             weights["transformer." + key] = weight.t() if key.endswith(CONV1D) else weight
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no GPT-2 in transformers' layout: "
                               f"{type(error).__name__}: {first_line(error)}") from error
     return shape, weights
+
+
+def describe(source: str) -> str:
+    """`source`, with its owner where it is a model that read_transformers() downloads."""
+    return f"OpenAI's {source}" if source in OPENAI_MODELS and not Path(source).is_dir() else source
 
 
 def read_safetensors(folder: Path) -> dict:
@@ -167,8 +173,9 @@ def write_transformers(folder, shape: dict, weights: dict, generation: dict) -> 
     """Write config.json, generation_config.json and model.safetensors for transformers and read_transformers().
 
     `shape` are GPTConfig's fields; `weights` the state dict, whose lm_head, being wte, is left out. `generation` are
-    settings for both configurations.
+    settings for both configurations. OSError where they cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     settings = {**GPT2_SETTINGS, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",
@@ -177,9 +184,14 @@ def write_transformers(folder, shape: dict, weights: dict, generation: dict) -> 
                 **{key: shape[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}, **generation}
     for name, values in (("config.json", settings), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file({key: (weight.t() if key.endswith(CONV1D) else weight).contiguous()
-               for key, weight in weights.items() if key != "lm_head.weight"},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file({key: (weight.t() if key.endswith(CONV1D) else weight).contiguous()
+                   for key, weight in weights.items() if key != "lm_head.weight"},
+                  folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise CheckpointError(f"cannot write {folder / 'model.safetensors'}, is the disk full? Free space, or name "
+                              f"another folder ({first_line(error)})") from error
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it is written for the owner alone
 
 
 def download_openai(name: str) -> Path:

@@ -35,7 +35,7 @@ class ExportConfig:
     """What to export, and whereto."""
 
     model: str  # a run's folder, a .pt file, a transformers folder, or OpenAI's gpt2 ... gpt2-xl
-    out: str  # folder to make
+    out: str  # folder to make; it must not be there
 
 
 def write_tokenizer(folder: Path, block_size: int) -> None:
@@ -49,60 +49,70 @@ def write_tokenizer(folder: Path, block_size: int) -> None:
 
 
 @torch.no_grad()
-def largest_difference(model: GPT, folder: Path) -> tuple[float, str]:
-    """(largest difference of any logit between `model` and what `folder` loads as, who loaded it).
-
-    Of random tokens at every position, in float64, so that what is seen is the weights' and not the rounding's.
-    """
-    idx = torch.randint(0, VOCAB_SIZE, (1, model.config.block_size), generator=torch.Generator().manual_seed(0))
-    expected = model.double()(idx)[0][..., :VOCAB_SIZE]  # (1, T, V)
-    if find_spec("transformers"):
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().double()
-        return (loaded(idx).logits - expected).abs().max().item(), f"transformers {transformers.__version__}"
-    loaded = load_model(folder).double()
-    return (loaded(idx)[0] - expected).abs().max().item(), "train_gpt2.py itself, as transformers is not installed"
+def logits_of(model, idx: torch.Tensor) -> torch.Tensor:
+    """idx (1, T) -> logits (1, T, 50257) in float64, so that a difference is the weights' and not the rounding's."""
+    result = model.double()(idx)
+    logits = result[0] if isinstance(result, tuple) else result.logits  # ours or transformers'
+    return logits[..., :VOCAB_SIZE]
 
 
-def export(source: str, folder: Path, name: str) -> str:
-    """Write the model, named `name`, into an empty folder -> what to say; UserError where it is another one then."""
-    state = load_state(source)
-    model = model_with(state["model_config"], state["model"], source) if state else GPT.from_pretrained(source)
+def load_again(folder: Path):
+    """(the model in `folder`, who loaded it): transformers where it is installed, else our own reader."""
+    if not find_spec("transformers"):
+        return load_model(folder), "train_gpt2.py itself, as transformers is not installed"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), f"transformers {transformers.__version__}"
+
+
+def export(model: GPT, folder: Path, card: str) -> str:
+    """Write the model into an empty folder -> what to say; UserError where it is another one then. Uses `model` up."""
     shape = asdict(model.config)
-    if shape["vocab_size"] < VOCAB_SIZE:
-        raise UserError(f"{source} has {shape['vocab_size']} tokens, too few for GPT-2's encoding")
     weights = {**model.state_dict(), "transformer.wte.weight": model.transformer.wte.weight[:VOCAB_SIZE].detach()}
     checkpoint.write_transformers(folder, {**shape, "vocab_size": VOCAB_SIZE}, weights,
                                   {"bos_token_id": EOT, "eos_token_id": EOT})
     write_tokenizer(folder, shape["block_size"])
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it is written for the owner alone
-    log = (Path(source).parent if Path(source).suffix == ".pt" else Path(source)) if state else None
-    parameters = model.count_parameters() - (shape["vocab_size"] - VOCAB_SIZE) * shape["n_embd"]
-    card = report.model_card(name, source, parameters, log, state["step"] if state else 0)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    difference, loader = largest_difference(model, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no text
+    # random tokens at every position, through both
+    idx = torch.randint(0, VOCAB_SIZE, (1, shape["block_size"]), generator=torch.Generator().manual_seed(0))  # (1, T)
+    expected = logits_of(model, idx)  # (1, T, V)
+    del weights
+    model.to("meta")  # room for the one to compare with
+    loaded, loader = load_again(folder)
+    difference = (logits_of(loaded, idx) - expected).abs().max().item()
     if not difference <= TOLERANCE:  # nan too
-        raise UserError(f"what was written gives other logits than {source}, by up to {difference:.1e}: it was deleted")
+        raise UserError(f"what was written gives other logits, by up to {difference:.1e}, and was deleted: is a weight "
+                        "of the model not finite, or the disk failing?")
     return f"largest difference of a logit {difference:.1e} (loaded again by {loader})"
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     config = ExportConfig(**parse_flags(ExportConfig, argv, "Export a model for transformers.", ("model", "out")))
-    out = Path(config.out).resolve()
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: name a new folder")
+    source, out = config.model, Path(config.out).absolute()
+    if os.path.lexists(out):
+        raise UserError(f"{config.out} is there already: name a new folder")
+    state = load_state(source)
+    model = model_with(state["model_config"], state["model"], source) if state else GPT.from_pretrained(source)
+    padding = model.config.vocab_size - VOCAB_SIZE
+    if padding < 0:
+        raise UserError(f"{source} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
+    log = (Path(source).parent if Path(source).suffix == ".pt" else Path(source)) if state else None
+    parameters = model.count_parameters() - padding * model.config.n_embd
+    card = report.model_card(out.name, source, parameters, log, state["step"] if state else 0)
+    del state  # the optimizer's moments are not exported
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        said = export(config.model, temporary, out.name)
-        if out.is_dir():
-            out.rmdir()
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot make the folder {temporary} ({error.strerror}): name another one") from error
+    try:
+        said = export(model, temporary, card)
         os.replace(temporary, out)
     except OSError as error:
-        if isinstance(error, checkpoint.CheckpointError) or not error.strerror:
+        if not error.strerror:  # it says itself what to do
             raise
         raise UserError(f"cannot write {out} ({error.strerror}): free space, or name another folder") from error
     finally:

@@ -53,10 +53,9 @@ from runlog import (
     run_command,
     wait_or_give_up,
 )
-from shards import DataError, Manifest, ShardWriter, open_shard, sha256, verify
+from shards import FINEWEB_EDU, DataError, Manifest, ShardWriter, open_shard, sha256, verify
 from tokenizer import EOT, SHA256, gpt2_encoding
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
 ROWS = 250  # of a file, read and tokenized at once: buffers of a few MB are used again, larger ones cost page faults
 PIECE_BYTES = 4 << 20  # of text at most, but for longer documents

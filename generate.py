@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import importlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class GenerateConfig:
     """What to write: every field is a flag."""
 
     model: str = "log"  # a run's folder, a .pt file, a transformers folder, or OpenAI's gpt2 ... gpt2-xl
-    prompt: str = "Hello, I'm a language model,"  # what to continue; - reads stdin; empty: a document from its start
+    prompt: str = "Hello, I'm a language model,"  # what to continue; - reads stdin; empty: a new document
     num_samples: int = 1  # continuations of a prompt, made together
     max_new_tokens: int = 200  # tokens a sample, at most
     temperature: float = 1.0  # above 1 more daring, below 1 more cautious, 0: always the likeliest token
@@ -51,7 +52,6 @@ class GenerateConfig:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**63, "0 or more"),
             ("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-            ("prompt", not (self.interactive and self.prompt == "-"), "a text where --interactive reads stdin"),
         ):
             if not right:
                 raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
@@ -73,10 +73,10 @@ def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) ->
     waiting, ended = [""] * n, [False] * n
     stream = stream_tokens(model, idx, config.max_new_tokens, config.temperature, config.top_k or None, generator,
                            config.top_p, n)
-    for left, ids in zip(range(config.max_new_tokens - 1, -1, -1), stream):
+    for position, ids in enumerate(stream):
         for i, token in enumerate(ids.squeeze(1).tolist()):
             if not ended[i]:
-                made, ended[i] = made + 1, token == EOT or left == 0
+                made, ended[i] = made + 1, token == EOT or position == config.max_new_tokens - 1
                 new = b"" if token == EOT else encoding.decode_single_token_bytes(token)
                 waiting[i] += decoders[i].decode(new, final=ended[i])
         while shown < n and (waiting[shown] or ended[shown]):
@@ -120,14 +120,18 @@ def prompts(config: GenerateConfig) -> Iterator[str]:
         importlib.import_module("readline")  # arrow keys and history
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            if line := input("> "):
+            if line := input("> " if sys.stdin.isatty() else ""):
                 yield line
-    print()
+    if sys.stdin.isatty():
+        print()  # Ctrl-D leaves the cursor behind the prompt
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
-    config = GenerateConfig(**parse_flags(GenerateConfig, argv, "Continue a prompt with a GPT-2."))
+    flags = parse_flags(GenerateConfig, argv, "Continue a prompt with a GPT-2.")
+    config = GenerateConfig(**flags)
+    if config.interactive and "prompt" in flags:
+        raise UserError("--interactive asks for prompts: leave --prompt out")
     with processes(config.device) as (_, _, device):
         model = load_model(config.model, device)
         if model.config.vocab_size < VOCAB_SIZE:
@@ -142,10 +146,13 @@ def main(argv: list[str]) -> None:
             for prompt in prompts(config):
                 try:
                     answer(model, prompt, config, generator)
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, UserError) as error:
                     if not config.interactive:
                         raise
-                    print("\n(stopped)", file=sys.stderr)
+                    print(f"error: {error}" if isinstance(error, UserError) else "\n(stopped)", file=sys.stderr)
+                except BrokenPipeError:  # whoever read this has seen enough, as head does
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed has a place to go
+                    sys.exit(141)  # as the shell says of SIGPIPE
                 except (RuntimeError, MemoryError) as error:
                     if not machine.is_out_of_memory(error):
                         raise

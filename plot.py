@@ -3,11 +3,15 @@
     python plot.py log                              # log/loss.png, as training draws it after each validation
     python plot.py log/a log/b --x hours            # two runs, one over the other, into ./loss.png
 
-The training loss of single steps is thin and pale, with its average over 2 % of the run on it; validation has dots.
+The training loss of single steps is thin and pale, with its average over 2 % of the steps, at least nine, on it;
+validation has dots; the legend has the last value of each, of the training loss the mean over the last 20 steps.
 Dotted lines show OpenAI's GPT-2 124M where the data is FineWeb-Edu. Hours are those of training, without evaluation.
 """
+import io
 import json
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +28,7 @@ STYLES = (  # of run after run: dark and light take turns, so that greyscale kee
 class PlotConfig:
     """What to draw: every field is a flag, but for the runs."""
 
-    runs: list = field(default_factory=lambda: ["log"])  # folders that hold a log.jsonl, or such files
+    runs: list = field(default_factory=lambda: ["log"])  # folders that hold a log.jsonl, or such files (default: log)
     x: str = "tokens"  # tokens, steps or hours
     out: str = ""  # picture to write: .png, .svg or .pdf (empty: loss.png beside a single log, else in this folder)
 
@@ -36,19 +40,32 @@ def read_log(path) -> list[dict]:
     lines = []
     for line in path.read_bytes().splitlines():
         try:
-            value = json.loads(line)
-        except ValueError:  # torn by a crash or being written
+            lines.append(sound(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError):  # torn by a crash, being written, or foreign
             continue
-        if isinstance(value, dict) and "kind" in value:
-            lines.append(value)
     return lines
+
+
+def sound(line: dict) -> dict:
+    """A line as training writes it: what should be a finite number or a dict and is not becomes None or empty.
+
+    ValueError, TypeError or KeyError where nothing can be made of it.
+    """
+    if line["kind"] == "run":
+        return {**line, **{key: line[key] if isinstance(line.get(key), dict) else {} for key in
+                           ("config", "data", "model", "versions")}}
+    if line["kind"] not in ("train", "val", "hellaswag") or not 0 <= line["step"] < 2**53:
+        raise ValueError("not a line of numbers")
+    numbers = {key: value if isinstance(value, (int, float)) and abs(value) < 1e30 else None
+               for key, value in line.items() if key not in ("kind", "skipped")}
+    return {**line, **numbers}
 
 
 def is_fineweb_edu(lines: list[dict]) -> bool:
     """Whether a run's data is FineWeb-Edu, by what the manifest of its shards says."""
     runs = [line for line in lines if line["kind"] == "run"]
-    source = str((runs[-1].get("data") or {}).get("source")).lower() if runs else ""
-    return "fineweb-edu" in source or "finewebedu" in source
+    source = str(runs[-1]["data"].get("source")) if runs else ""
+    return bool(re.match(r"(HuggingFaceFW/fineweb-edu|kjj0/finewebedu10B-gpt2)([@/]|$)", source))
 
 
 def series(lines: list[dict], kind: str, key: str, x: str):
@@ -56,26 +73,33 @@ def series(lines: list[dict], kind: str, key: str, x: str):
     import numpy as np
 
     runs = [line for line in lines if line["kind"] == "run"]
-    per_step = runs[-1]["config"]["total_batch_size"] if runs else 1
+    per_step = runs[-1]["config"].get("total_batch_size", 1) if runs else 1
     points = [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T  # (n,) each
     if x == "tokens":
         return steps * per_step, values
     if x == "hours":
-        train = np.array([(0, 0)] + [(line["step"], line["dt_ms"]) for line in lines if line["kind"] == "train"], float)
+        timed = [(line["step"], line.get("dt_ms") or 0) for line in lines if line["kind"] == "train"]
+        train = np.array([(0, 0), *timed], dtype=float)  # (n + 1, 2)
         return np.interp(steps, train[:, 0], train[:, 1].cumsum() / 3.6e6), values
     return steps, values
 
 
 def smooth(values):
-    """Each of (n,) values averaged with its neighbours: 2 % of them, at least 9, fewer at the steep start -> (n,)."""
+    """Each of (n,) values averaged with its neighbours: 2 % of them, at least 9, fewer at both ends -> (n,)."""
     import numpy as np
 
     i, n = np.arange(len(values)), len(values)
-    reach = np.minimum(i, max(4, n // 100))
-    first, end = i - reach, np.minimum(n, i + reach + 1)
+    reach = np.minimum(np.minimum(i, n - 1 - i), max(4, n // 100))
+    first, end = i - reach, i + reach + 1
     total = np.concatenate(([0.0], np.cumsum(values)))  # (n + 1,)
     return (total[end] - total[first]) / (end - first)
+
+
+def final_train_loss(lines: list[dict]) -> float:
+    """The mean training loss of the last 20 steps that have one; nan where there is none."""
+    losses = [line["loss"] for line in lines if line["kind"] == "train" and line.get("loss") is not None][-20:]
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def short(count: float) -> str:
@@ -91,10 +115,11 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
 
     ModuleNotFoundError where matplotlib is missing.
     """
-    figure, out = make_figure(runs, x), Path(out)
-    temporary = out.with_name(f"{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    out, picture = Path(out), io.BytesIO()
+    make_figure(runs, x).savefig(picture, format=out.suffix[1:])
+    temporary = out.with_name(out.name + ".tmp")
     try:
-        figure.savefig(temporary)
+        temporary.write_bytes(picture.getvalue())
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -103,48 +128,46 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
 def make_figure(runs: dict[str, list[dict]], x: str):
     """{name: lines of its log} -> a matplotlib Figure, 800 pixels wide: loss, HellaSwag where scored, learning rate."""
     import numpy as np
+
+    os.environ["MPLBACKEND"] = "agg"  # no window; importing matplotlib fails where this names a back end it lacks
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     scored = any(line["kind"] == "hellaswag" for lines in runs.values() for line in lines)
     heights = [3.0, 1.3, 0.9] if scored else [3.0, 0.9]
-    figure = Figure(figsize=(8, sum(heights) + 0.9), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, sum(heights) + 0.9 + 0.2 * len(runs)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    loss, hellaswag, rate = panels[0], panels[1] if scored else None, panels[-1]
-    lowest, highest = [], []
+    loss, rate, entries, lowest, highest = panels[0], panels[-1], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
         color, dashes, marker = STYLES[i % len(STYLES)]
-        prefix = f"{name}: " if len(runs) > 1 else ""
-        at, train = series(lines, "train", "loss", x)
-        if len(train):
-            average = smooth(train)
-            loss.plot(at, train, color=color, alpha=0.25, linewidth=0.6)
-            loss.plot(at, average, color=color, linestyle=dashes, linewidth=1.6,
-                      label=None if prefix else f"train {average[-1]:.3f}")
-            lowest.append(np.percentile(train, 1))
-            highest.append(average[len(average) // 50] if len(average) > 1000 else train.max())
-        at, val = series(lines, "val", "loss", x)
+        dots = dict(color=color, marker=marker, markersize=5, markeredgecolor="white")
+        (at, train), (val_at, val) = series(lines, "train", "loss", x), series(lines, "val", "loss", x)
         scores_at, scores = series(lines, "hellaswag", "acc_norm", x)
-        score = f"{scores[-1]:.2%}" if len(scores) else ""
-        if len(val):
-            loss.plot(at, val, color=color, linestyle="none", marker=marker, markersize=5, markeredgecolor="white",
-                      label=f"{prefix}validation {val[-1]:.4f}{score and prefix and f', HellaSwag {score}'}")
-            lowest.append(val.min())
-            highest.append(val[0] if len(train) <= 1000 else val[-1])
+        loss.plot(at, train, color=color, alpha=0.25, linewidth=0.6)
+        loss.plot(at, smooth(train), color=color, linestyle=dashes, linewidth=1.6)
+        loss.plot(val_at, val, linestyle="none", **dots)
         if scored:
-            hellaswag.plot(scores_at, scores, color=color, linestyle=dashes, marker=marker, markersize=4,
-                           markeredgecolor="white", label=None if prefix else score or None)
+            panels[1].plot(scores_at, scores, linestyle=dashes, **dots)
         rate.plot(*series(lines, "train", "lr", x), color=color, linestyle=dashes, linewidth=1.4)
+        said = [f"train {final_train_loss(lines):.4f}"] if len(train) else []
+        said += [*(f"validation {y:.4f}" for y in val[-1:]), *(f"HellaSwag {y:.2%}" for y in scores[-1:])]
+        label = f" {name}: {', '.join(said)}".replace("$", r"\$")  # a leading _ would hide it, $ begins a formula
+        entries.append(Line2D([], [], linestyle=dashes, label=label, **dots))
+        long = len(train) > 1000  # then the steep start is left out
+        lowest += [*np.sort(train)[len(train) // 100:][:1], *val]  # but for the luckiest 1 % of the steps
+        highest += [*(smooth(train)[len(train) // 50:][:1] if long else train), *(val[-1:] if long else val)]
     if any(map(is_fineweb_edu, runs.values())):
-        loss.axhline(OPENAI_LOSS, color="black", linestyle=":", linewidth=1.2,
-                     label=f"OpenAI's GPT-2 124M {OPENAI_LOSS}")
-        lowest.append(OPENAI_LOSS)
+        known = dict(color="black", linestyle=":", linewidth=1.2)
+        loss.axhline(OPENAI_LOSS, **known)
         if scored:
-            hellaswag.axhline(OPENAI_HELLASWAG, color="black", linestyle=":", linewidth=1.2,
-                              label=f"OpenAI's GPT-2 124M {OPENAI_HELLASWAG:.2%}")
-    if lowest:
+            panels[1].axhline(OPENAI_HELLASWAG, **known)
+        entries.append(Line2D([], [], label=f" OpenAI's GPT-2 124M, published: {OPENAI_LOSS}, HellaSwag "
+                                            f"{OPENAI_HELLASWAG:.2%}", **known))
+        lowest.append(OPENAI_LOSS)
+    if highest:
         margin = 0.05 * (max(highest) - min(lowest)) or 0.1
         loss.set_ylim(min(lowest) - margin, max(highest) + margin)
     loss.set_ylabel("loss, nats a token")
@@ -154,16 +177,13 @@ def make_figure(runs: dict[str, list[dict]], x: str):
     if x == "tokens":
         rate.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     if scored:
-        hellaswag.set_ylabel("HellaSwag\nacc_norm")
-        hellaswag.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panels[1].set_ylabel("HellaSwag\nacc_norm")
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for panel in panels:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
-        if panel is not rate and panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, framealpha=0.9, loc="upper right" if panel is loss else "lower right")
-    if len(runs) == 1:
-        loss.set_title(next(iter(runs)), fontsize=10)
     figure.align_ylabels()
+    figure.legend(handles=entries, loc="outside upper center", fontsize=9, frameon=False)  # above: it covers nothing
     return figure
 
 
@@ -179,7 +199,9 @@ def main(argv: list[str]) -> None:
         try:
             lines = read_log(name)
         except OSError as error:
-            raise UserError(f"cannot read {name!r} ({error.strerror}): name a folder that training wrote") from error
+            inside = next((f", such as {path.parent}" for path in sorted(Path(name).glob("*/log.jsonl"))), "")
+            raise UserError(f"no log.jsonl in {name!r} ({error.strerror}): name a folder that training wrote to"
+                            f"{inside}") from error
         if not any(line["kind"] in ("train", "val") for line in lines):
             raise UserError(f"{name} has no losses to draw yet")
         logs[name] = lines

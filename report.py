@@ -1,20 +1,24 @@
 """The verdict on a run, from its log: report.md beside it, and the model card of an exported model.
 
-    write_report(folder)             report.md, as training writes it at its end
-    model_card(source, model, ...)   README.md of an exported folder
-    openai_loss(folder, lines)       what OpenAI's GPT-2 124M reaches on the same validation tokens, and who says so
+    write_report(folder)        report.md, as training writes it at its end
+    model_card(name, ...)       README.md of an exported folder
+    verdict(folder, lines)      the line on top of both
 
 A loss is compared only where it is of the same tokens: with what `--init_from gpt2 --max_steps 0` measured on the
 run's own validation split, or with the published one where the data's manifest shows the source that it belongs to.
+Numbers are compared as they are printed, with four decimals.
 """
+import json
 import math
+import os
+import shlex
 import statistics
 from pathlib import Path
 
 import plot
-from fineweb import FINEWEB_EDU
 from plot import OPENAI_HELLASWAG, OPENAI_LOSS
-from shards import replace
+from runlog import clock
+from shards import FINEWEB_EDU
 
 PUBLISHED_TOKENS = 10_485_760  # of validation, in windows of 1,024, behind OPENAI_LOSS
 HELLASWAG_EXAMPLES = 10_042  # behind OPENAI_HELLASWAG
@@ -28,15 +32,17 @@ def last(lines: list[dict], kind: str) -> dict:
 
 def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
     """(loss in nats a token, where it is from) of OpenAI's GPT-2 124M on the validation tokens of a run, if known."""
-    data, T = run.get("data") or {}, run["config"]["sequence_length"]
-    seen = {}
-    for line in plot.read_log(folder / "eval.jsonl") if (folder / "eval.jsonl").exists() else []:
+    data, T = run["data"], run["config"]["sequence_length"]
+    tokens, seen, measured = data.get("val_sha256"), None, None
+    for line in plot.read_log(folder / "eval.jsonl") if (folder / "eval.jsonl").is_file() else []:
         if line["kind"] == "run":
             seen = line
-        elif line["kind"] == "val" and seen and line["loss"] is not None:
-            same = (seen.get("data") or {}).get("val_sha256") == data.get("val_sha256") is not None
-            if same and seen["config"]["init_from"] == "gpt2" and seen["config"]["sequence_length"] == T:
-                return line["loss"], f"measured on the same tokens, {seen['config']['dtype']}"
+        elif line["kind"] == "val" and line.get("loss") is not None and tokens and seen:
+            same = seen["data"].get("val_sha256") == tokens and seen["config"].get("sequence_length") == T
+            if same and seen.get("origin") == "OpenAI's gpt2":  # not a folder of that name
+                measured = line["loss"], f"measured on the same tokens, {seen['config'].get('dtype')}"
+    if measured:
+        return measured
     if data.get("source") == FINEWEB_EDU and data.get("val_tokens") == PUBLISHED_TOKENS and T == 1024:
         return OPENAI_LOSS, "published for the same source, commit and tokens"
     return None
@@ -45,26 +51,28 @@ def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
 def verdict(folder: Path, lines: list[dict]) -> str:
     """Reproduced, or by how much not, or why that cannot be said: one line."""
     run, val, scored = last(lines, "run"), last(lines, "val").get("loss"), last(lines, "hellaswag")
-    config, shape = run["config"], run.get("model") or {}
+    config, shape = run["config"], run["model"]
     if not plot.is_fineweb_edu(lines):
-        return "No reference exists for this data: GPT-2's losses are known for FineWeb-Edu only."
+        return "No reference exists for the loss on this data: GPT-2's is known for FineWeb-Edu only."
     if any(shape.get(key) != GPT2[key] for key in GPT2) or config["sequence_length"] != GPT2["block_size"]:
         return "No reproduction of GPT-2 124M: the model has another shape, or was trained on other windows."
     if config["init_from"]:
         return f"No reproduction: the run began with the weights of {config['init_from']}."
     reference = openai_loss(folder, run)
     if reference is None:
-        return ("No verdict: OpenAI's loss on this validation split is not known; `python train_gpt2.py --init_from "
-                f"gpt2 --max_steps 0 --data {config['data']} --out_dir {config['out_dir']}` measures it, and the "
+        command = shlex.join(["python", "train_gpt2.py", "--init_from", "gpt2", "--max_steps", "0", "--data",
+                              config["data"], "--val_tokens", str(config["val_tokens"]),
+                              "--out_dir", config["out_dir"]])
+        return (f"No verdict: OpenAI's loss on this validation split is not known; `{command}` measures it, and the "
                 "training command given again then writes this file anew.")
     if val is None:
         return "Not reproduced: the run has no validation loss."
-    apart = val - reference[0]
+    apart = round(val, 4) - round(reference[0], 4)
     side = "above" if apart > 0 else "below"
     text = f"validation loss {val:.4f}, {abs(apart):.4f} {side} OpenAI's {reference[0]:.4f}"
     right = apart <= 0
     if scored.get("n") == HELLASWAG_EXAMPLES and scored["acc_norm"] is not None:
-        apart = scored["acc_norm"] - OPENAI_HELLASWAG
+        apart = round(scored["acc_norm"], 4) - OPENAI_HELLASWAG
         right = right and apart >= 0
         text += (f"; HellaSwag {scored['acc_norm']:.2%}, {abs(100 * apart):.2f} points "
                  f"{'below' if apart < 0 else 'above'} {OPENAI_HELLASWAG:.2%}")
@@ -75,7 +83,8 @@ def verdict(folder: Path, lines: list[dict]) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Rows of cells as Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def results(folder: Path, lines: list[dict]) -> str:
@@ -96,24 +105,24 @@ def results(folder: Path, lines: list[dict]) -> str:
 def facts(lines: list[dict]) -> str:
     """What ran, on what, for how long: a table."""
     run, train = last(lines, "run"), [line for line in lines if line["kind"] == "train"]
-    config, data, shape = run["config"], run.get("data") or {}, run.get("model")
+    config, data, shape = run["config"], run["data"], run["model"]
     sessions = [line for line in lines if line["kind"] == "run"]
     rows = [["data", config["data"] + (f", made of {data['source']}" if data.get("source") else "")]]
     if shape:
         rows.insert(0, ["model", f"{shape['n_layer']} layers, {shape['n_head']} heads, {shape['n_embd']} channels, "
-                                 f"{shape['block_size']:,} positions, from {sessions[0]['origin']}"])
+                                 f"{shape['block_size']:,} positions, from {sessions[0].get('origin')}"])
     if train:
         final, hours = train[-1], sum(line["dt_ms"] for line in train) / 3.6e6
-        speed, mfu = (statistics.median(line[key] for line in train) for key in ("tok_per_s", "mfu"))
-        losses = [line["loss"] for line in train[-20:] if line["loss"] is not None] or [math.nan]
+        speed, mfu = (statistics.median([line[key] for line in train if line.get(key) is not None] or [math.nan])
+                      for key in ("tok_per_s", "mfu"))
         rows += [
             ["tokens", f"{final['tokens']:,} in {final['step']:,} steps of {config['total_batch_size']:,}, windows of "
                        f"{config['sequence_length']:,}"],
-            ["training loss", f"{statistics.mean(losses):.4f}, mean of the last {len(losses)} steps"],
+            ["training loss", f"{plot.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
             ["optimizer", f"{config['optimizer']}, learning rate {config['max_lr']:g} to {config['min_lr']:g} after "
                           f"{config['warmup_steps']:,} steps of warm-up, weight decay {config['weight_decay']:g}, "
                           f"gradients clipped to {config['grad_clip']:g}"],
-            ["time", f"{hours:.3g} hours of steps, evaluation not counted"],
+            ["time", f"{hours:.3g} hours ({clock(3600 * hours)}) of steps, evaluation not counted"],
             ["speed", f"{speed:,.0f} tokens/s, MFU {mfu:.1%}, medians"],
         ]
         if skipped := sum(line.get("skipped", False) for line in train):
@@ -142,8 +151,8 @@ def write_report(folder) -> Path:
             f"{not_measured(lines)}\n")
     path, temporary = folder / "report.md", folder / "report.md.tmp"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        replace(temporary, path)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -151,14 +160,15 @@ def write_report(folder) -> Path:
 
 def model_card(name: str, source: str, parameters: int, folder: Path | None, step: int) -> str:
     """README.md of a model exported from `source`: what it is, and what the log in `folder` says of it up to `step`."""
+    data, about = "", f"No log of its training could be read. {not_measured([])}\n"
     try:
         lines = [line for line in plot.read_log(folder) if line.get("step", 0) <= step] if folder else []
-    except OSError:
-        lines = []
-    data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if plot.is_fineweb_edu(lines) else ""
-    about = (f"{verdict(folder, lines)}\n\n## Results\n\n{results(folder, lines)}\n\n{not_measured(lines)}\n\n"
-             f"## Training\n\n{facts(lines)}\n" if last(lines, "run") else
-             f"No log of its training was found. {not_measured([])}\n")
+        if lines:
+            about = (f"{verdict(folder, lines)}\n\n## Results\n\n{results(folder, lines)}\n\n{not_measured(lines)}\n"
+                     f"\n## Training\n\n{facts(lines)}\n")
+            data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if plot.is_fineweb_edu(lines) else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        pass  # a log of another program or version: the model is exported all the same
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -172,8 +182,8 @@ A GPT-2 with {parameters:,} parameters and GPT-2's tokenizer, exported from {sou
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")  # the path to this folder
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})  # the path to this folder
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
 ```
 
 {about}"""

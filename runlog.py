@@ -31,13 +31,16 @@ def run_command(main, *arguments):
     Bugs keep their traceback. FloatingPointError (a run that diverged) ends in one line and exit code 1.
     """
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this: no file opened later must take its number
+            setattr(sys, name, open(os.devnull, "r+"))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))  # cleans up on its way
     with contextlib.suppress(AttributeError):  # a sample may hold what an ASCII terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(*arguments)
-    except BrokenPipeError:  # whoever read this has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed has a place to go
-        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         message, code = str(error), 2
     except ModuleNotFoundError as error:
@@ -206,31 +209,47 @@ class Tracker:
     """
 
     def __init__(self, config, step: int):
-        name, folder = config.logger, Path(config.out_dir)
+        name, folder, self.writer = config.logger, Path(config.out_dir), None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if name == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # what it has of later steps
-                self.log = lambda step, numbers: [writer.add_scalar(key, numbers[key], step) for key in numbers]
-                self.flush, self.close = writer.flush, writer.close
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # drops later steps
                 return
-            service = importlib.import_module(name)
+            self.service = importlib.import_module(name)
             known = folder / "run_id"  # of this run, where the service knows many
-            if step < 0 or not known.exists():
-                known.write_text(uuid.uuid4().hex[:8])
-            run_id = known.read_text()
+            run_id = known.read_text().strip() if step >= 0 and known.exists() else ""
+            run_id = run_id or uuid.uuid4().hex[:8]
+            known.write_text(run_id)
             options = ({"id": run_id, "name": config.out_dir, "dir": config.out_dir} if name == "wandb" else
                        {"name": f"{config.out_dir} {run_id}"})
-            service.init(project="gpt2", resume="allow", config=dataclasses.asdict(config), **options)
-            self.log = lambda step, numbers: service.log(numbers, step=step)
-            self.flush, self.close = lambda: None, service.finish
+            self.service.init(project="gpt2", resume="allow", config=dataclasses.asdict(config), **options)
         except ModuleNotFoundError as error:
             raise UserError(f"--logger {name} needs a package that is not here: pip install {name}") from error
         except Exception as error:
             raise UserError(f"--logger {name} does not start ({explain(error)}): mend that or leave it out; log.jsonl "
                             "is written in any case") from error
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Send the numbers of a step."""
+        if self.writer:
+            for name, number in numbers.items():
+                self.writer.add_scalar(name, number, step)
+        else:
+            self.service.log(numbers, step=step)
+
+    def flush(self) -> None:
+        """Have on the disk what was sent; the services see to that themselves."""
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self.writer:
+            self.writer.close()
+        else:
+            self.service.finish()
 
 
 class RunLog:
@@ -247,7 +266,7 @@ class RunLog:
         self.seconds = math.nan  # moving average of a step's time
         self.torn = False  # whether the last write stopped within a line
         self.failed = set()  # what beside the log could not be written, said once
-        self.tracker = Tracker(config, step) if rank == 0 and config.logger else None
+        self.tracker = Tracker(config, step) if rank == 0 and config.logger and config.max_steps else None
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +285,7 @@ class RunLog:
             try:
                 if json.loads(line).get("step", step) <= step:
                     kept.append(line + b"\n")
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 pass
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:
@@ -287,27 +306,31 @@ class RunLog:
         except OSError as error:
             self.torn = True
             print0(f"warning: cannot write {self.path}: {error}; training goes on")
-        if self.tracker and "step" in values:
+        if "step" in values:
             numbers = {f"{kind}/{key}": value for key, value in finite.items()
                        if key != "step" and isinstance(value, (int, float))}
-            self._try(self.config.logger, lambda: self.tracker.log(values["step"], numbers))
+            self._track(lambda: self.tracker.log(values["step"], numbers))
 
     def _try(self, what: str, action) -> None:
-        """Do what training can do without; the first failure of it is said, and it is left alone from then on."""
-        if what in self.failed:
-            return
+        """Do what training can do without; a failure is said, but once until it works again."""
         try:
             action()
-        except Exception as error:  # a drawing library or a service has dozens of errors
+            self.failed.discard(what)
+        except (Exception, SystemExit) as error:  # a drawing library or a service has dozens of errors
+            if what not in self.failed:
+                print0(f"warning: no {what}: {explain(error)}")
             self.failed.add(what)
-            print0(f"warning: no {what}: {explain(error)}")
+
+    def _track(self, action) -> None:
+        """Do something with the logger, if there is one; after a failure it is left alone."""
+        if self.tracker and self.config.logger not in self.failed:
+            self._try(self.config.logger, action)
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
         if self.rank == 0:
             os.fsync(self.file.fileno())
-        if self.tracker:
-            self._try(self.config.logger, self.tracker.flush)
+        self._track(lambda: self.tracker.flush())
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool) -> None:
         """The `step`-th step is finished and took `seconds`; FloatingPointError after five in a row were skipped."""
@@ -322,6 +345,7 @@ class RunLog:
                    tok_per_s=tok_per_s, mfu=mfu, **({"skipped": True} if skipped else {}))
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps == 5:
+            self.sync()
             raise FloatingPointError(
                 f"five steps in a row without a finite loss and gradient, the last one step {step} (loss {loss}, norm "
                 f"{norm}) at {tokens:,} tokens; they changed no weight: try a lower --max_lr with another --out_dir")
@@ -357,9 +381,12 @@ class RunLog:
         self.write("sample", step=step, text=text)
 
     def end(self, step: int, val_loss: float, stopping: bool) -> None:
-        """The last words: the result, or how to go on."""
-        if self.tracker:
-            self._try(self.config.logger, self.tracker.close)
+        """The last words, then those of the logger, which may take long."""
+        self._last_words(step, val_loss, stopping)
+        self._track(lambda: self.tracker.close())
+
+    def _last_words(self, step: int, val_loss: float, stopping: bool) -> None:
+        """The result, in loss.png and report.md too, or how to go on."""
         took = clock(time.perf_counter() - self.started)
         if stopping:
             print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command goes on from there")

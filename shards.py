@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"  # what fineweb.py reads
+
 
 class DataError(OSError):
     """Data that is not there or cannot be trained on; the message names the file and the remedy."""
@@ -105,7 +107,7 @@ def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
     """
     values = {}
     for manifest in sorted(Path(data).glob("manifest*.json"))[:1]:
-        with contextlib.suppress(DataError):  # another program's
+        with contextlib.suppress(OSError):  # another program's, or another person's
             values = read_record(manifest)
     hashed, left = hashlib.sha256(), val_tokens
     for tokens in val_shards:

@@ -308,9 +308,15 @@ class GPT(nn.Module):
 def model_with(shape: dict, weights: dict, source) -> GPT:
     """The model of that shape with those weights; UserError, naming `source`, where they do not fit together."""
     try:
-        model = GPT(GPTConfig(**shape))
+        config = GPTConfig(**shape)
+        C, known = config.n_embd, weights.get  # a damaged shape may be too large to build
+        for key, size in (("wte", (config.vocab_size, C)), ("wpe", (config.block_size, C)),
+                          (f"h.{config.n_layer - 1}.ln_1", (C,))):
+            if tuple(getattr(known(f"transformer.{key}.weight"), "shape", ())) != size:
+                raise TypeError(f"transformer.{key}.weight is not of shape {size}")
+        model = GPT(config)
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"the weights in {source} are not those of its configuration: {error!s:.300}") from error
     return model
 
@@ -587,20 +593,21 @@ def stream_tokens(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: 
     block_size, cache = model.config.block_size, model.make_cache()
     h = model.hidden_states(idx[:, -block_size:], cache)[:, -1]  # (B, C)
     owners = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)  # (B * num_samples,)
-    idx, h, cache = idx[owners], h[owners], [layer.rows(owners) for layer in cache]  # from here on B * num_samples rows
+    idx, h = idx[owners], h[owners]  # from here on there are B * num_samples rows
+    cache = [layer.rows(owners) for layer in cache] if idx.size(1) < block_size else None
     for i in range(max_new_tokens):
-        if i > 0 and idx.size(1) <= block_size:
-            h = model.hidden_states(idx[:, -1:], cache)[:, -1]  # (B, C)
-        elif i > 0:  # all positions have shifted, so cached keys and values are stale
-            h = model.hidden_states(idx[:, -block_size:])[:, -1]  # (B, C)
+        if i > 0:
+            fits = idx.size(1) <= block_size  # else all positions have shifted: cached keys and values are stale
+            new, cache = (idx[:, -1:], cache) if fits else (idx[:, -block_size:], None)
+            h = model.hidden_states(new, cache)[:, -1]  # (B, C)
         logits = model.lm_head(h)[:, :VOCAB_SIZE].float()  # (B, V)
         likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each, in falling order
-        if temperature == 0:
+        if temperature < 1e-30:  # 0, or nothing to divide by
             next_id = ids[:, :1]  # (B, 1)
         else:
             p = F.softmax((likeliest - likeliest[:, :1]) / temperature, dim=-1)  # (B, top_k); no overflow near 0
             if top_p < 1:
-                p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # where likelier ones have top_p already
+                p[:, 1:].masked_fill_(p.cumsum(dim=-1)[:, :-1] >= top_p, 0.0)  # where likelier ones have top_p already
             next_id = ids.gather(1, torch.multinomial(p, 1, generator=generator))  # (B, 1)
         idx = torch.cat((idx, next_id), dim=1)
         yield next_id
@@ -616,13 +623,13 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int |
 def sample_text(model: GPT, prompt: str, autocast, device) -> str:
     """What the model makes of the prompt in 32 tokens, the same draw each time; a note where it cannot be told."""
     try:
-        from tokenizer import gpt2_encoding
+        from tokenizer import EOT, gpt2_encoding
         encoding = gpt2_encoding()
     except (ImportError, OSError) as error:
         return f"(no sample: {error})"
     if model.config.vocab_size < VOCAB_SIZE:
         return f"(no sample: the model has only {model.config.vocab_size} of GPT-2's tokens)"
-    idx = torch.tensor([encoding.encode_ordinary(prompt or "\n")], device=device)  # (1, T)
+    idx = torch.tensor([encoding.encode(prompt, allowed_special="all") or [EOT]], device=device)  # (1, T)
     with autocast:
         ids = generate(model, idx, 32, generator=torch.Generator(device).manual_seed(42))  # (1, T + 32)
     return encoding.decode(ids[0].tolist())
@@ -672,7 +679,7 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
         model = GPT(GPTConfig(block_size=config.sequence_length, vocab_size=PADDED_VOCAB_SIZE, **shape))
     if config.sequence_length > model.config.block_size:
         raise UserError(f"--sequence_length {config.sequence_length} is more than the model's "
-                        f"{model.config.block_size} positions")
+                        f"{model.config.block_size} positions: take that or less")
     return model
 
 
@@ -724,7 +731,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         adopt_choices(config, state["train_config"], world_size)
     torch.manual_seed(config.seed)
     raw_model = build_model(config, state).to(device)
-    origin = f"step {state['step']:,}" if state else config.init_from or "fresh weights"
+    origin = f"step {state['step']:,}" if state else checkpoint.describe(config.init_from) or "fresh weights"
 
     # precision and batch
     dtype, why_dtype = machine.pick_dtype(config.dtype, device)
@@ -760,9 +767,10 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
                       why_dtype, why_compile, origin, resuming)
     log0 = runlog.RunLog(config, rank, start_step if resuming else -1, flops_per_step, peak)
-    log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
-               origin=origin, ranks=world_size, command=runlog.command_line(), model=asdict(raw_model.config),
-               data=shards.describe(config.data, val_loader.shards, config.val_tokens))
+    if start_step < config.max_steps or not config.max_steps:  # a finished run only repeats its result
+        log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
+                   origin=origin, ranks=world_size, command=runlog.command_line(), model=asdict(raw_model.config),
+                   data=shards.describe(config.data, val_loader.shards, config.val_tokens))
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
     seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already

@@ -1,8 +1,11 @@
 """export_hf.py and the import against transformers and lm-eval: the same bits there and back, nothing left behind."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -92,8 +95,18 @@ def test_another_model_than_the_checkpoint_is_refused_and_deleted(tmp_path, monk
     """A square matrix that is not transposed fits everywhere: only the logits show it."""
     save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16))
     monkeypatch.setattr(checkpoint, "CONV1D", ("c_attn.weight", "c_fc.weight", "mlp.c_proj.weight"))
-    with pytest.raises(UserError, match=r"other logits than .*log, by up to \d"):
+    with pytest.raises(UserError, match=r"other logits, by up to \d.*, and was deleted"):
         export_hf.main([str(tmp_path / "log"), str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
+def test_weights_that_are_not_finite_are_refused_and_deleted(tmp_path):
+    model = random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16)
+    with torch.no_grad():
+        model.transformer.wpe.weight[3] = float("nan")
+    save(tmp_path / "log", model)
+    result = run([tmp_path / "log", tmp_path / "out"], script=SCRIPT)
+    assert result.returncode == 2 and "by up to nan, and was deleted" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
 
 
@@ -125,8 +138,10 @@ def test_the_model_card_is_the_run_s(trained, tmp_path):
     assert f"{val[-1]['loss']:.4f} after 6 steps" in card
     assert "768 in 6 steps of 128, windows of 16" in card
     assert f"torch {torch.__version__}" in card and "`python train_gpt2.py --n_layer 2" in card
-    assert "Not measured: HellaSwag, any other benchmark" in card and "No reference exists for this data" in card
+    assert "Not measured: HellaSwag, any other benchmark" in card
+    assert "No reference exists for the loss on this data" in card
     model = load_model(tmp_path / "last")
+    assert len({path.stat().st_mode for path in (tmp_path / "last").iterdir()}) == 1
     assert f"{model.count_parameters():,} parameters" in card
 
     assert run([trained / "model_000004.pt", tmp_path / "earlier"], script=SCRIPT).returncode == 0
@@ -134,7 +149,7 @@ def test_the_model_card_is_the_run_s(trained, tmp_path):
     assert f"{val[1]['loss']:.4f} after 3 steps" in card and "512 in 4 steps" in card
 
     assert run([tmp_path / "last", tmp_path / "again"], script=SCRIPT).returncode == 0
-    assert "No log of its training was found" in (tmp_path / "again" / "README.md").read_text()
+    assert "No log of its training could be read" in (tmp_path / "again" / "README.md").read_text()
     assert {path.name: path.read_bytes() for path in (tmp_path / "last").iterdir() if path.name != "README.md"} == {
         path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.name != "README.md"}
 
@@ -153,16 +168,42 @@ def test_an_exported_run_is_evaluated_and_trained_further(trained, tmp_path):
     assert read_log(tmp_path / "tuned", "val")[0]["loss"] == pytest.approx(lines[-1]["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("there", ["file", "folder"])
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
 def test_what_is_there_already_stays(there, trained, tmp_path):
-    out = tmp_path / "out"
-    if there == "folder":
-        out.mkdir()
-    kept = out / "mine.txt" if there == "folder" else out
-    kept.write_text("mine")
+    out, kept = tmp_path / "out", tmp_path / "out"
+    if there == "link":
+        out.symlink_to("nowhere")
+    else:
+        if there == "folder":
+            out.mkdir()
+            kept = out / "mine.txt"
+        kept.write_text("mine")
     result = run([trained, out], script=SCRIPT)
     assert result.returncode == 2 and "is there already: name a new folder" in result.stderr
-    assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    assert there == "link" or kept.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("how", ["disk", "SIGTERM", "log"])
+def test_trouble_leaves_nothing_behind(how, trained, tmp_path):
+    """A disk that is full at 2 MB; a signal once something is written; a log of another program."""
+    if how == "log":
+        shutil.copytree(trained, tmp_path / "log")
+        (tmp_path / "log" / "log.jsonl").write_text('{"kind": "run", "config": {"a": 1}}\n{"kind": "val", "step": 1}\n')
+        assert run([tmp_path / "log", tmp_path / "out"], script=SCRIPT).returncode == 0
+        assert "No log of its training could be read" in (tmp_path / "out" / "README.md").read_text()
+        return
+    script = tmp_path / "trouble.py"
+    spoil = {"disk": "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+                     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n",
+             "SIGTERM": "write = export_hf.write_tokenizer\n"
+                        "export_hf.write_tokenizer = lambda *args: (write(*args), os.kill(os.getpid(), 15))\n"}[how]
+    script.write_text(f"import os, resource, signal, sys\nimport export_hf, runlog\n{spoil}"
+                      "runlog.run_command(export_hf.main, sys.argv[1:])\n")
+    result = run([trained, tmp_path / "out"], script=script)
+    assert result.returncode == (2 if how == "disk" else 128 + signal.SIGTERM), result.stderr
+    assert "Traceback" not in result.stderr and ("is the disk full?" in result.stderr) == (how == "disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trouble.py"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -171,15 +212,16 @@ def test_what_is_there_already_stays(there, trained, tmp_path):
     (["nothing", "out"], "no model 'nothing': name a folder"),
     (["small", "out"], "has 99 tokens, too few for GPT-2's encoding"),
     (["empty", "out"], "holds neither a whole checkpoint nor a transformers model"),
-    (["small", "small/config.json/out"], "cannot write"),
+    (["full", "small/config.json/out"], "cannot make the folder"),
 ])
 def test_wrong_arguments(arguments, message, tmp_path):
     random_gpt2(tmp_path / "small", n_layer=1, n_head=1, n_embd=8, vocab_size=99, n_positions=8)
+    random_gpt2(tmp_path / "full", n_layer=1, n_head=1, n_embd=8, n_positions=8)
     (tmp_path / "empty").mkdir()
     result = run(arguments, cwd=tmp_path, script=SCRIPT)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
     assert "Traceback" not in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "small"]
 
 
 def test_folders_in_parts_are_read(tmp_path):
@@ -206,6 +248,19 @@ def test_folders_in_parts_that_are_not_whole(spoil, message, tmp_path):
     spoil(tmp_path / "parts")
     result = run([tmp_path / "parts", tmp_path / "out"], script=SCRIPT)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 10_000_000}, {"n_layer": 1}, {"n_positions": 10**12},
+                                     {"vocab_size": 10**12}, {"n_embd": 10**9}, {"n_layer": float("inf")},
+                                     {"n_head": 0}])
+def test_a_configuration_that_lies_is_refused_before_it_is_built(changes, tmp_path):
+    random_gpt2(tmp_path / "model", n_layer=2, n_head=2, n_embd=8, vocab_size=99, n_positions=8)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    started = time.perf_counter()
+    with pytest.raises((UserError, OSError)):
+        load_model(tmp_path / "model")
+    assert time.perf_counter() - started < 5
 
 
 def rename_part(folder, name):

@@ -46,7 +46,11 @@ def test_the_lines_are_those_of_the_log(x, unit, tmp_path):
     np.testing.assert_allclose(train.get_xdata(), steps * unit)
     np.testing.assert_allclose(train.get_ydata(), 3 + 8 / (1 + steps / 4))
     np.testing.assert_allclose(average.get_ydata()[10], np.mean(train.get_ydata()[6:15]))
-    np.testing.assert_allclose(average.get_ydata()[0], train.get_ydata()[0])
+    np.testing.assert_allclose(average.get_ydata()[[0, -1]], train.get_ydata()[[0, -1]])
+    np.testing.assert_allclose(average.get_ydata()[-2], np.mean(train.get_ydata()[-3:]))
+    said = figure.legends[0].get_texts()[0].get_text()
+    mean = np.mean(train.get_ydata()[-20:])
+    assert f"a: train {mean:.4f}, validation {val.get_ydata()[-1]:.4f}, HellaSwag 25.04%" in said
     np.testing.assert_allclose(val.get_xdata(), np.arange(0, 41, 10) * unit)
     np.testing.assert_allclose(val.get_ydata(), 3.1 + 8 / (1 + np.arange(0, 41, 10) / 4))
     np.testing.assert_allclose(hellaswag.lines[0].get_ydata(), 0.25 + np.arange(0, 41, 10) / 1e5)
@@ -77,13 +81,10 @@ def test_nothing_is_clipped_and_nothing_covers_the_end(folders, source, tmp_path
     assert min(text.get_fontsize() for text in texts) >= 8
     drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # all that is drawn, in inches of 100 pixels
     assert drawn.x0 >= 0 and drawn.y0 >= 0 and 100 * drawn.x1 <= width and 100 * drawn.y1 <= height
-    legend = figure.axes[0].get_legend()
+    legend = figure.legends[0]
     said = "".join(text.get_text() for text in legend.get_texts())
-    assert all(f"_{i}: validation" in said for i in range(folders)) if folders > 1 else "validation" in said
-    box = legend.get_window_extent()
-    for line in figure.axes[0].lines:  # the second half of every curve is below the legend
-        points = line.get_transform().transform(line.get_xydata())
-        assert (points[len(points) // 2:, 1] < box.y0).all()
+    assert all(f"_{i}: train" in said for i in range(folders))
+    assert legend.get_window_extent().y0 > figure.axes[0].get_window_extent().y1  # above the curves
 
 
 def test_colours_survive_greyscale():
@@ -115,8 +116,9 @@ def test_the_command_draws_a_run_and_several(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["nothing"], "cannot read 'nothing' (No such file or directory)"),
-    (["empty"], "cannot read 'empty'"),
+    (["nothing"], "no log.jsonl in 'nothing' (No such file or directory)"),
+    (["empty"], "no log.jsonl in 'empty'"),
+    (["."], "name a folder that training wrote to, such as bad"),
     (["bad"], "bad has no losses to draw yet"),
     (["log", "--x", "epochs"], "--x is 'epochs', it must be tokens, steps or hours"),
     (["log", "--out", "x.txt"], "--out is 'x.txt', it must end in .png"),
@@ -130,6 +132,47 @@ def test_wrong_arguments(arguments, message, tmp_path):
     result = run(arguments, cwd=tmp_path, script=SCRIPT)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+HOSTILE = ['{"kind": "train"}', '{"kind": "train", "step": "5", "loss": 3}', '{"kind": "val", "step": 5, "loss": NaN}',
+           '{"kind": "val", "step": 5, "loss": [1]}', '{"kind": "val", "step": 5, "loss": 1e308}', "[" * 100_000,
+           '{"kind": "val", "step": 1e400, "loss": 3}', '{"kind": "val", "step": 5, "loss": 1' + "0" * 400 + "}", "7",
+           '{"kind": "run"}', '{"kind": "run", "config": null, "data": "x"}', '{"kind": "hellaswag", "step": 9}',
+           '{"kind": "hellaswag", "step": 9, "acc_norm": "high"}', '{"kind": ["run"]}', "null", "[]"]
+
+
+@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
+def test_lines_of_other_programs_do_no_harm(line, tmp_path):
+    folder = write_log(tmp_path / "log", hellaswag=True)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(line + "\n")
+    for x in ("tokens", "hours"):
+        assert len(figure_of(folder, x=x).axes[0].lines) == 3
+
+
+def test_odd_names_and_settings(tmp_path):
+    write_log(tmp_path / "q$x^$_%s")
+    write_log(tmp_path / "_hidden")
+    result = run(["q$x^$_%s", "_hidden"], cwd=tmp_path, script=SCRIPT, MPLBACKEND="nonsense")
+    assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "loss.png").exists()
+    figure = plot.make_figure({"_hidden": plot.read_log(tmp_path / "_hidden")}, "steps")
+    assert "_hidden: train" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
+    folder = write_log(tmp_path / "log")
+    plot.draw({"log": plot.read_log(folder)}, folder / "loss.png")
+    before = (folder / "loss.png").read_bytes()
+
+    def half(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:1000])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(type(tmp_path), "write_bytes", half)
+    with pytest.raises(OSError):
+        plot.draw({"log": plot.read_log(folder)}, folder / "loss.png")
+    assert (folder / "loss.png").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "loss.png"]
 
 
 @pytest.mark.parametrize("spoil", ["torn", "null", "one step", "only val", "no run line"])

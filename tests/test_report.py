@@ -1,6 +1,7 @@
 """report.md and the loggers, of real runs: what they say is what log.jsonl and the arithmetic say."""
 import json
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -48,7 +49,8 @@ def test_the_report_says_what_the_log_says(finished):
     assert f"{val['loss']:.4f} after 60 steps" in text
     assert f"{scored['acc_norm']:.2%} ± " in text and "on 30 examples after 60 steps" in text
     assert "7,680 in 60 steps of 128, windows of 16" in text
-    assert f"{sum(line['dt_ms'] for line in train) / 3.6e6:.3g} hours" in text
+    assert f"{sum(line['dt_ms'] for line in train) / 3.6e6:.3g} hours (0:" in text
+    assert f"{statistics.mean(line['loss'] for line in train[-20:]):.4f}, mean of the last 20 steps" in text
     assert f"{statistics.median(line['tok_per_s'] for line in train):,.0f} tokens/s" in text
     assert f"MFU {statistics.median(line['mfu'] for line in train):.1%}" in text
     assert f"torch {torch.__version__}" in text
@@ -94,7 +96,9 @@ def reached(loss, acc_norm=0.31, n=10_042, **changes):
 @pytest.mark.parametrize("edit, expected", [
     (reached(3.28), "Reproduced: validation loss 3.2800, 0.0124 below OpenAI's 3.2924; HellaSwag 31.00%, 1.45 points "
                     "above 29.55%."),
-    (reached(3.2924), "Reproduced: validation loss 3.2924, 0.0000 below"),
+    (reached(3.29243, acc_norm=2967 / 10042), "Reproduced: validation loss 3.2924, 0.0000 below OpenAI's 3.2924; "
+                                              "HellaSwag 29.55%, 0.00 points above 29.55%."),
+    (reached(3.29247), "Not reproduced: validation loss 3.2925, 0.0001 above"),
     (reached(3.35), "Not reproduced: validation loss 3.3500, 0.0576 above OpenAI's 3.2924; HellaSwag 31.00%"),
     (reached(3.28, acc_norm=0.28), "Not reproduced: validation loss 3.2800, 0.0124 below OpenAI's 3.2924; HellaSwag "
                                    "28.00%, 1.55 points below 29.55%."),
@@ -103,6 +107,7 @@ def reached(loss, acc_norm=0.31, n=10_042, **changes):
     (reached(None), "Not reproduced: the run has no validation loss."),
     (reached(3.28, init_from="gpt2"), "No reproduction: the run began with the weights of gpt2."),
     (reached(3.28, sequence_length=512), "No reproduction of GPT-2 124M"),
+    (lambda line: (reached(3.28)(line), line.get("model", {}).update(n_layer=24))[0], "No reproduction of GPT-2 124M"),
 ])
 def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "GPT2", {**SHAPE, "block_size": 1024})
@@ -110,25 +115,49 @@ def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp
     report.write_report(folder)
     text = (folder / "report.md").read_text()
     assert f"**{expected}" in text
-    assert "| 3.2924, published for the same source, commit and tokens |" in text or "None" not in text
+    compared = expected.startswith(("Reproduced", "Not reproduced: val"))
+    assert not compared or "| 3.2924, published for the same source, commit and tokens |" in text
+    assert "None" not in text
 
 
-@pytest.mark.parametrize("source, tokens", [("HuggingFaceFW/fineweb-edu/sample/10BT", 10_485_760),
-                                            (FINEWEB, 10_000_000), ("kjj0/finewebedu10B-gpt2", 10_485_760)])
-def test_the_published_loss_is_of_the_pinned_source_alone(source, tokens, finished, tmp_path, as_124m):
+@pytest.mark.parametrize("source, tokens, T", [
+    ("HuggingFaceFW/fineweb-edu/sample/10BT", 10_485_760, 1024), (FINEWEB, 10_000_000, 1024),
+    ("kjj0/finewebedu10B-gpt2", 10_485_760, 1024), (FINEWEB, 10_485_760, 512), (FINEWEB, 10_485_760, 1024)])
+def test_the_published_loss_is_of_the_pinned_source_alone(source, tokens, T, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "GPT2", {**SHAPE, "block_size": T})
+
     def edit(line):
+        reached(3.28)(line)
         if line["kind"] == "run":
             line["data"].update(source=source, val_tokens=tokens)
+            line["config"]["sequence_length"] = line["model"]["block_size"] = T
     folder = edited(finished, tmp_path, edit)
-    assert report.verdict(folder, lines_of(folder)).startswith("No verdict: OpenAI's loss on this validation split")
-    assert "3.2924" not in report.write_report(folder).read_text()
+    known = (source, tokens, T) == (FINEWEB, 10_485_760, 1024)
+    words = report.verdict(folder, lines_of(folder))
+    assert words.startswith("Reproduced" if known else "No verdict: OpenAI's loss on this validation split"), words
+    assert ("3.2924" in report.write_report(folder).read_text()) == known
+
+
+@pytest.mark.parametrize("source", ["my/fineweb-edu_filtered", "HuggingFaceFW/fineweb-edu-score-2"])
+def test_what_only_looks_like_fineweb_edu_has_no_reference(source, finished, tmp_path):
+    folder = edited(finished, tmp_path, lambda line: line.get("data", {}).update(source=source))
+    assert report.verdict(folder, lines_of(folder)).startswith("No reference exists for the loss on this data")
+
+
+def test_logs_without_a_hash_are_not_of_the_same_tokens(finished, tmp_path, as_124m):
+    folder = edited(finished, tmp_path, lambda line: line.get("data", {}).update(val_sha256=None))
+    lines = [{**line, "origin": "OpenAI's gpt2"} for line in lines_of(folder) if line["kind"] in ("run", "val")]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.verdict(folder, lines_of(folder)).startswith("No verdict")
+    (folder / "eval.jsonl").write_text('{"kind": "val", "step": 0}\n{"kind": "run", "config": null}\n[\n')
+    assert report.verdict(folder, lines_of(folder)).startswith("No verdict")
 
 
 def test_other_data_have_no_reference(shard_folder, tmp_path, as_124m):
     claim(shard_folder, "my_texts")
     assert run(flags(data=shard_folder, out_dir=tmp_path / "log")).returncode == 0
     text = (tmp_path / "log" / "report.md").read_text()
-    assert "**No reference exists for this data" in text and "3.2924" not in text and "29.55" not in text
+    assert "**No reference exists for the loss on this data" in text and "3.2924" not in text and "29.55" not in text
     assert "Not measured: HellaSwag" in text
 
 
@@ -139,6 +168,9 @@ def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished,
     shutil.copytree(finished, log)
     data = finished.parent / "data"
     other = claim(write_shards(tmp_path / "other", seed=7), FINEWEB)
+    shutil.copytree(tmp_path / "model", tmp_path / "gpt2")  # a folder of that name is not OpenAI's model
+    assert run(flags(data=data, out_dir=log, max_steps=0, init_from="gpt2"), cwd=tmp_path).returncode == 0
+    assert report.verdict(log, lines_of(log)).startswith("No verdict")
     with hub({"models/openai-community/gpt2": tmp_path / "model"}, tmp_path / "cache") as (environment, _):
         for changes in ({"data": other}, {"val_tokens": 160}, {"sequence_length": 8},
                         {"init_from": tmp_path / "model"}):
@@ -146,15 +178,21 @@ def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished,
             result = run(arguments, **environment)
             assert result.returncode == 0, result.stderr
             assert report.verdict(log, lines_of(log)).startswith("No verdict"), changes
-        assert run(flags(data=data, out_dir=log, max_steps=0, init_from="gpt2"), **environment).returncode == 0
-    theirs = json.loads((log / "eval.jsonl").read_text().splitlines()[-1])["loss"]
+        words = shlex.split(re.search("`(python .*)`", report.verdict(log, lines_of(log)))[1])[2:]
+        assert words[-1] == read_log(log, "run")[0]["config"]["out_dir"]  # here it is a copy, and T is not 1,024
+        given = [*words[:-1], str(log), "--sequence_length", "16", "--total_batch_size", "128", "--dtype", "float32"]
+        result = run(given, **environment)
+        assert result.returncode == 0, result.stderr
+    theirs = [line["loss"] for line in lines_of(log / "eval.jsonl") if line["kind"] == "val"][-1]
     ours = read_log(log, "val")[-1]["loss"]
     words = "Reproduced" if ours <= theirs else "Not reproduced"
     expected = f"{words}: validation loss {ours:.4f}, {abs(ours - theirs):.4f} "
     assert report.verdict(log, lines_of(log)).startswith(expected)
     again = run(flags(data=data, out_dir=log, max_steps=60, hellaswag_every=30, hellaswag_data=OURS))
     assert again.returncode == 0, again.stderr
-    assert f"{theirs:.4f}, measured on the same tokens, float32" in (log / "report.md").read_text()
+    text = (log / "report.md").read_text()
+    assert f"{theirs:.4f}, measured on the same tokens, float32" in text
+    assert text.count("(2 times: it was resumed)") == 1  # a finished run that is given again trains nothing
 
 
 def test_a_manifest_of_another_program_does_no_harm(shard_folder, tmp_path):
@@ -190,6 +228,21 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(shard_folder, tmp_path
         for key in keys:
             expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in read_log(tmp_path, kind)]
             assert len(expected) > 1 and found[f"{kind}/{key}"] == expected, (kind, key)
+
+
+@pytest.mark.dist
+def test_evaluation_alone_and_other_ranks_leave_the_logger_alone(shard_folder, tmp_path):
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "log", logger="tensorboard")
+    result = run(arguments, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "log" / "tensorboard").iterdir())) == 1
+    assert (tmp_path / "log" / "loss.png").exists()
+    assert ", 2 ranks; float32" in (tmp_path / "log" / "report.md").read_text()
+    before = scalars(tmp_path / "log" / "tensorboard")
+    assert run([*arguments, "--max_steps", "0"]).returncode == 0
+    assert scalars(tmp_path / "log" / "tensorboard") == before and len(before["train/loss"]) == 6
+    without = run(flags(data=shard_folder, out_dir=tmp_path / "log", logger=None), ranks=2)
+    assert without.returncode == 0, without.stderr  # the logger may differ when a run is resumed
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
