@@ -61,10 +61,14 @@ def sound(line: dict) -> dict:
     return {**line, **numbers}
 
 
+def last(lines: list[dict], kind: str) -> dict:
+    """The last line of a kind, or an empty one."""
+    return next((line for line in reversed(lines) if line["kind"] == kind), {})
+
+
 def is_fineweb_edu(lines: list[dict]) -> bool:
     """Whether a run's data is FineWeb-Edu, by what the manifest of its shards says."""
-    runs = [line for line in lines if line["kind"] == "run"]
-    source = str(runs[-1]["data"].get("source")) if runs else ""
+    source = str(last(lines, "run").get("data", {}).get("source"))
     return bool(re.match(r"(HuggingFaceFW/fineweb-edu|kjj0/finewebedu10B-gpt2)([@/]|$)", source))
 
 
@@ -72,8 +76,7 @@ def series(lines: list[dict], kind: str, key: str, x: str):
     """(x, y) arrays (n,) of one number of the log, where it is finite; x in steps, tokens or hours."""
     import numpy as np
 
-    runs = [line for line in lines if line["kind"] == "run"]
-    per_step = runs[-1]["config"].get("total_batch_size", 1) if runs else 1
+    per_step = last(lines, "run").get("config", {}).get("total_batch_size", 1)
     points = [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T  # (n,) each
     if x == "tokens":

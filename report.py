@@ -16,18 +16,13 @@ import statistics
 from pathlib import Path
 
 import plot
-from plot import OPENAI_HELLASWAG, OPENAI_LOSS
+from plot import OPENAI_HELLASWAG, OPENAI_LOSS, last
 from runlog import clock
 from shards import FINEWEB_EDU
 
 PUBLISHED_TOKENS = 10_485_760  # of validation, in windows of 1,024, behind OPENAI_LOSS
 HELLASWAG_EXAMPLES = 10_042  # behind OPENAI_HELLASWAG
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-
-
-def last(lines: list[dict], kind: str) -> dict:
-    """The last line of a kind, or an empty one."""
-    return next((line for line in reversed(lines) if line["kind"] == kind), {})
 
 
 def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
