@@ -1,8 +1,11 @@
 """What the tests share: the real command on a model small enough for a second or two, and data to feed it."""
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +40,42 @@ def command(arguments, ranks=1, script=ROOT / "train_gpt2.py") -> list[str]:
     return [sys.executable, *torchrun, str(script), *map(str, arguments)]
 
 
-def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment):
-    """Run the real command to its end."""
-    return subprocess.run(command(arguments, ranks, script), cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+SERVER = multiprocessing.get_context("forkserver")  # a process that has imported PyTorch, which takes 3 s, and forks
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.backends.backend_agg"])
+
+
+def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment) -> subprocess.CompletedProcess:
+    """Run the real command to its end, in a process of its own; one rank begins where PyTorch is imported already."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    if ranks > 1:
+        return subprocess.run(command(arguments, ranks, script), cwd=cwd, capture_output=True, text=True, timeout=300,
+                              env=environment)
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        from multiprocessing.reduction import DupFd
+
+        process = SERVER.Process(target=begin, args=(
+            [str(script), *map(str, arguments)], cwd, environment, DupFd(stdout.fileno()), DupFd(stderr.fileno())))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, 300)
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, process.exitcode, stdout.read(), stderr.read())
+
+
+def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> None:
+    """What `python ARGV` does, in this process."""
+    for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, stdout.detach()), (2, stderr.detach())):
+        os.dup2(descriptor, number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd or os.getcwd())
+    sys.path[:0] = [str(Path(argv[0]).parent), *environment["PYTHONPATH"].split(os.pathsep)]
+    sys.argv = argv
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def read_log(folder, kind) -> list[dict]:
