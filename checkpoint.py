@@ -21,13 +21,14 @@ from pathlib import Path
 import filelock
 import torch
 
-from shards import replace
+from shards import check_inside, open_new, replace, sha256
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_SETTINGS = {  # of transformers' config.json: with another value it is another model
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
 }
+SUMS = "SHA256SUMS"  # of an exported folder
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # matrices that transformers keeps as (in, out)
 KEYS = ("model", "optimizer", "model_config", "train_config", "step", "position", "val_loss")
 
@@ -39,12 +40,15 @@ class CheckpointError(OSError):
 def save(folder, step: int, state: dict) -> Path:
     """Write `state` to folder/model_{step:06d}.pt so that at any instant the file is either absent or whole.
 
-    Raises CheckpointError, leaving no partial file, where it cannot be written (a full disk, a read-only folder).
+    Raises CheckpointError, leaving no partial file, where it cannot be written (a full disk, a read-only folder) or
+    holds an inf or nan, as nothing can be trained from that.
     """
+    if bad := find_not_finite(state):
+        raise CheckpointError(f"after step {step} {bad} is not finite: no checkpoint of it is kept")
     path = Path(folder) / f"model_{step:06d}.pt"
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +61,14 @@ def save(folder, step: int, state: dict) -> Path:
     return path
 
 
+def find_not_finite(state, name: str = "the state") -> str | None:
+    """The name of a floating-point tensor in nested dicts, lists and tuples that holds an inf or nan, if any does."""
+    if isinstance(state, torch.Tensor):
+        return None if torch.isfinite(state).all() else name
+    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return next((bad for key, part in parts if (bad := find_not_finite(part, str(key)))), None)
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -65,6 +77,8 @@ def first_line(error: Exception) -> str:
 def load(path) -> dict:
     """The state in the checkpoint `path`, tensors on the CPU; CheckpointError where it is not a whole checkpoint."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise FileNotFoundError
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):
                 raise zipfile.BadZipFile("its directory is damaged")  # torch.save sets neither, and testzip trusts both
@@ -86,8 +100,9 @@ def newest(folder, report=print) -> tuple[Path, dict] | tuple[None, None]:
     """(path, state) of the newest whole checkpoint in `folder`, else (None, None); damaged ones go to `report`."""
     for path in reversed(listing(folder)):
         try:
+            check_inside(path)
             return path, load(path)
-        except CheckpointError as error:
+        except OSError as error:
             report(f"warning: {error}; trying the one before it")
     return None, None
 
@@ -125,6 +140,8 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
     if not folder.is_dir():
         folder = download_openai(str(name_or_folder))
     try:
+        check_inside(folder / "config.json")
+        check_sums(folder)
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for key, value in GPT2_SETTINGS.items():
             if settings.get(key, value) != value:
@@ -166,7 +183,28 @@ def read_safetensors(folder: Path) -> dict:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"its index names {outside[0]!r}, a file in another folder")
+    for name in names:
+        check_inside(folder / name)
     return {key: weight for name in names for key, weight in load_file(folder / name).items()}
+
+
+def check_sums(folder: Path) -> None:
+    """ValueError where a file that the folder's SHA256SUMS lists, as exports do, is not what it was."""
+    path = folder / SUMS
+    if not path.exists():
+        return
+    check_inside(path)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        check_inside(folder / name)
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} is damaged: export it again, or, if it was changed on purpose, delete {SUMS}")
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS of all files in the folder, as sha256sum writes and checks it."""
+    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
 
 
 def write_transformers(folder, shape: dict, weights: dict, generation: dict) -> None:

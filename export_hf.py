@@ -73,6 +73,7 @@ def export(model: GPT, folder: Path, card: str) -> str:
     checkpoint.write_transformers(folder, {**shape, "vocab_size": VOCAB_SIZE}, weights,
                                   {"bos_token_id": EOT, "eos_token_id": EOT})
     write_tokenizer(folder, shape["block_size"])
+    checkpoint.write_sums(folder)  # not of the model card, which people edit
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no text
     # random tokens at every position, through both
     idx = torch.randint(0, VOCAB_SIZE, (1, shape["block_size"]), generator=torch.Generator().manual_seed(0))  # (1, T)

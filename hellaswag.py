@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import machine
-from runlog import UserError, parse_flags, patiently, print0, progress_bar, run_command
+from runlog import Stopped, UserError, parse_flags, patiently, print0, progress_bar, run_command
 from shards import replace, sha256
 from tokenizer import gpt2_encoding
 
@@ -375,7 +376,7 @@ def sum_losses(model, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, style: str = "completion", rank: int = 0,
-             world_size: int = 1, progress=lambda share: None) -> dict:
+             world_size: int = 1, progress=lambda share: None, stop: threading.Event | None = None) -> dict:
     """Score `examples` (dicts in HellaSwag's schema) with a GPT; every rank works and gets the same result.
 
     Returns acc and acc_norm, each with its standard error (`acc_stderr`, `acc_norm_stderr`), n, `cut` (examples whose
@@ -383,7 +384,7 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
     that acc_norm chooses, `acc_predictions`, `losses`, the mean loss per token of each ending in nats, and `tokens`,
     of each ending.
     acc and acc_norm are nan where a loss is not finite. `progress` is called with the share that is done. UserError for
-    an example that cannot be scored, and where memory runs out.
+    an example that cannot be scored, and where memory runs out; Stopped, on every rank, where `stop` was set on one.
     """
     started = time.perf_counter()
     device = torch.device(device)
@@ -411,18 +412,24 @@ def evaluate(model, examples: Iterable[dict], device, batch_tokens: int = 0, sty
             scored.append((rows, losses))  # read only at the end: the device need not wait for the host
             done += len(rows)
             progress(done / n_rows)
+            if stop and stop.is_set():
+                break
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         raise UserError("out of memory in HellaSwag: train with --hellaswag_every 0, run hellaswag.py with less than "
                         f"--batch_tokens {batch_tokens}") from error
-    sums = np.zeros((len(work), 4))
+    sums = np.zeros((len(work) + 1, 4))  # the last row: whether to stop
+    sums[-1] = bool(stop and stop.is_set())
     for rows, losses in scored:
         np.add.at(sums, ([row.example for row in rows], [row.ending for row in rows]), losses.cpu().numpy())
     if world_size > 1:
-        gathered = torch.from_numpy(sums).to(device)  # (n, 4)
+        gathered = torch.from_numpy(sums).to(device)  # (n + 1, 4)
         dist.all_reduce(gathered)
         sums = gathered.cpu().numpy()
+    if sums[-1].any():
+        raise Stopped
+    sums = sums[:-1]  # (n, 4)
     predictions = {"acc": sums.argmin(axis=1), "acc_norm": (sums / divisors).argmin(axis=1)}  # (n,) each
     result = {"n": len(work), "cut": cut, "predictions": predictions["acc_norm"].tolist(),
               "acc_predictions": predictions["acc"].tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens,

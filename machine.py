@@ -6,6 +6,7 @@
     min_over_ranks(value, device, world_size)    what all ranks can agree on
     peak_flops(device, dtype)                    the denominator of MFU
 """
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,14 @@ def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
     """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
     per_window = max(1, peaks[1] - peaks[0])
     return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, or a number past any model's where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return 2**63
 
 
 def is_out_of_memory(error: BaseException) -> bool:

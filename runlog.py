@@ -20,9 +20,15 @@ import time
 import uuid
 from pathlib import Path
 
+from shards import check_inside, open_new
+
 
 class UserError(Exception):
     """Something the user can mend: commands print it as one line, without a traceback, and exit with code 2."""
+
+
+class Stopped(Exception):
+    """The ranks have agreed to stop: one of them has received a signal."""
 
 
 def run_command(main, *arguments):
@@ -39,6 +45,10 @@ def run_command(main, *arguments):
             signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))  # cleans up on its way
     with contextlib.suppress(AttributeError):  # a sample may hold what an ASCII terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's last words then tell what was raised
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
     try:
         return main(*arguments)
     except (UserError, OSError) as error:
@@ -122,8 +132,11 @@ def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
 
 
 @contextlib.contextmanager
-def stop_signal():
-    """An Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once."""
+def stop_signal(obey: bool = True):
+    """An Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
+
+    Without `obey` the first one does, as there is nothing to save.
+    """
     stop = threading.Event()
 
     def handle(signum, frame):
@@ -132,7 +145,7 @@ def stop_signal():
         with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
             os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
 
-    if threading.current_thread() is not threading.main_thread():
+    if not obey or threading.current_thread() is not threading.main_thread():
         yield stop
         return
     known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -147,7 +160,7 @@ def stop_signal():
 
 def print0(*values) -> None:
     """print, on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         try:
             print(*values, flush=True)
         except OSError:  # whoever read this has gone: training goes on, log.jsonl has it all
@@ -255,12 +268,13 @@ class Tracker:
 class RunLog:
     """What a run says while it goes, on rank 0 only: lines on the screen, and one JSON object a line in log.jsonl.
 
-    Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped. Evaluation alone (max_steps 0)
+    Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped, and of evaluations those past
+    `seen`. Evaluation alone (max_steps 0)
     appends to eval.jsonl instead, so that it never touches the log of a training run. After each validation loss.png
     is drawn anew, at the end report.md is written: where that fails, one line says so and training goes on.
     """
 
-    def __init__(self, config, rank: int, step: int, flops_per_step: float, peak: float):
+    def __init__(self, config, rank: int, step: int, seen: int, flops_per_step: float, peak: float):
         self.config, self.rank, self.flops_per_step, self.peak = config, rank, flops_per_step, peak
         self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
         self.seconds = math.nan  # moving average of a step's time
@@ -270,12 +284,14 @@ class RunLog:
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                check_inside(self.path)
             if config.max_steps:
-                self._drop_after(step)
+                self._drop_after(step, seen)
             self.file = open(self.path, "ab", buffering=0)
 
-    def _drop_after(self, step: int) -> None:
-        """Keep the lines up to and including `step`; a line torn by a crash goes too."""
+    def _drop_after(self, step: int, seen: int) -> None:
+        """Keep the lines up to `step`, of evaluations up to `seen`; a line torn by a crash goes too."""
         if step < 0 and self.path.exists() and self.path.stat().st_size:
             older = self.path.with_name(self.path.name + ".old")
             print0(f"warning: {self.path} has no checkpoint to go on from: kept as {older}")
@@ -283,12 +299,13 @@ class RunLog:
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
-                if json.loads(line).get("step", step) <= step:
+                values = json.loads(line)
+                if values.get("step", seen) <= (step if values.get("kind") == "train" else seen):
                     kept.append(line + b"\n")
             except (ValueError, AttributeError, TypeError, RecursionError):
                 pass
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())

@@ -25,12 +25,30 @@ class DataError(OSError):
     """Data that is not there or cannot be trained on; the message names the file and the remedy."""
 
 
+def check_inside(path: Path) -> None:
+    """DataError where `path` is a link out of its folder, since a folder from elsewhere must not lead anywhere, or is
+    no regular file. The hub's cache, whose snapshots are links to blobs/ beside them, counts as one folder.
+    """
+    folder = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{path} is a link to another folder, {path.resolve()}: put the file itself there")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a file: move it away")
+
+
+def open_new(path: Path):
+    """A new file to write bytes to; one that is there, be it a link that leads elsewhere, goes first."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 def open_shard(path: Path) -> np.ndarray:
     """One shard -> its tokens, a memory-mapped uint16 array; DataError where it is not what its name says.
 
     .npy: as numpy writes it. .bin: llm.c's, 256 int32 of header (20240520, version 1, number of tokens), then tokens;
     train.bin and val.bin without that header: nanoGPT's, tokens alone.
     """
+    check_inside(path)
     try:
         if path.suffix == ".npy":
             with open(path, "rb") as file:
@@ -93,11 +111,26 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
     for path in paths:
         if "train" in path.name and "val" in path.name:
             raise DataError(f"shard {path} has both 'train' and 'val' in its name: rename it")
+    check_manifests(data)
     found = [(str(path), open_shard(path)) for path in paths]
     for _, tokens in found:
         if shuffle and hasattr(mmap, "MADV_RANDOM") and isinstance(tokens.base, mmap.mmap):
             tokens.base.madvise(mmap.MADV_RANDOM)
     return found
+
+
+def check_manifests(folder: Path) -> None:
+    """DataError where a shard that a manifest of fineweb.py records is not there or has another size."""
+    for manifest in sorted(folder.glob("manifest*.json")):
+        recorded = []
+        with contextlib.suppress(OSError):  # another program's, or damaged: `fineweb.py --verify` will tell
+            recorded = read_record(manifest)["shards"]
+        for shard in recorded:
+            path = folder / shard["name"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise DataError(f"shard {path} is {'damaged' if path.exists() else 'missing'}: give the fineweb.py "
+                                "command that made the folder again, or, to train on what is there, delete "
+                                f"{manifest.name}")
 
 
 def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
@@ -126,7 +159,7 @@ class ShardWriter:
     def __init__(self, path: Path, size: int):
         self.path, self.temporary, self.size = path, path.with_name(path.name + ".tmp"), size
         self.tokens = self.documents = 0
-        self.file = open(self.temporary, "wb")
+        self.file = open_new(self.temporary)
         self.file.write(npy_header(size))
         self.hash = hashlib.sha256(npy_header(size))
 
@@ -240,8 +273,8 @@ class Manifest:
     def _write(self) -> None:
         """progress.json, at any instant the old one or the new one."""
         temporary = self.progress.with_name(self.progress.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.values | {"shards": self.shards}, file, indent=1)
+        with open_new(temporary) as file:
+            file.write(json.dumps(self.values | {"shards": self.shards}, indent=1).encode())
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, self.progress)
@@ -249,6 +282,7 @@ class Manifest:
 
 def read_record(path: Path) -> dict:
     """The contents of a manifest; DataError where it is damaged."""
+    check_inside(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         kinds = [(values["node_rank"], int), (values["num_nodes"], int), (values["shards"], list)]

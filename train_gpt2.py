@@ -37,7 +37,7 @@ import hellaswag
 import machine
 import runlog
 import shards
-from runlog import UserError, print0
+from runlog import Stopped, UserError, print0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One dataclass holds every number of the experiment; a field is a flag, its comment the flag's help.
@@ -152,6 +152,11 @@ class GPTConfig:
         if min(asdict(self).values()) < 1 or self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, and all sizes positive")
 
+    def count_parameters(self) -> int:
+        """Number of weights: embeddings, final LayerNorm, and 12 C^2 + 13 C a block."""
+        C = self.n_embd
+        return (self.vocab_size + self.block_size + 2) * C + self.n_layer * (12 * C + 13) * C
+
 
 class KeyValueCache:
     """Keys and values of the positions a block has read, in a buffer that doubles when it is full."""
@@ -228,6 +233,9 @@ class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). State-dict keys are those of the released checkpoints, matrices in Linear layout."""
 
     def __init__(self, config: GPTConfig):
+        if 4 * config.count_parameters() + 2**15 * config.n_layer > machine.memory_bytes():  # modules take some too
+            raise UserError(f"{config.count_parameters():,} parameters are more than this machine's memory holds: take "
+                            "a smaller model")
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -309,11 +317,11 @@ def model_with(shape: dict, weights: dict, source) -> GPT:
     """The model of that shape with those weights; UserError, naming `source`, where they do not fit together."""
     try:
         config = GPTConfig(**shape)
-        C, known = config.n_embd, weights.get  # a damaged shape may be too large to build
-        for key, size in (("wte", (config.vocab_size, C)), ("wpe", (config.block_size, C)),
-                          (f"h.{config.n_layer - 1}.ln_1", (C,))):
-            if tuple(getattr(known(f"transformer.{key}.weight"), "shape", ())) != size:
-                raise TypeError(f"transformer.{key}.weight is not of shape {size}")
+        for key, rows in (("wte", config.vocab_size), ("wpe", config.block_size)):  # before building what may be absurd
+            if tuple(getattr(weights.get(f"transformer.{key}.weight"), "shape", ())) != (rows, config.n_embd):
+                raise TypeError(f"transformer.{key}.weight is not of shape {(rows, config.n_embd)}")
+        if len(weights) != 12 * config.n_layer + 5:
+            raise TypeError(f"there are {len(weights)} tensors, {config.n_layer} layers have {12 * config.n_layer + 5}")
         model = GPT(config)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -479,8 +487,11 @@ def get_lr(step: int, config: TrainConfig) -> float:
 def processes(device: str, deterministic: bool = False):
     """Join torchrun's process group, where there is one, while the context lasts; gives rank, world_size, device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
-    rank, local_rank, world_size = (
-        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    values = [os.environ.get(name, alone) for name, alone in names.items()]
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]):
+        raise UserError(f"{', '.join(names)} are {', '.join(values)}: use torchrun, or unset these variables")
+    rank, local_rank, world_size = map(int, values)
     device = machine.pick_device(device, local_rank, world_size)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -544,20 +555,24 @@ def batch_loss(model, x, y, autocast):
 
 
 @torch.no_grad()
-def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, device) -> float:
-    """Mean loss in nats over the first min(val_tokens, all) tokens of the split, in whole windows and at least one."""
+def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, autocast, device,
+                      stop: threading.Event | None = None) -> float:
+    """Mean loss in nats over the first min(val_tokens, all) tokens of the split, in whole windows and at least one.
+
+    Stopped, on every rank, where one was told to stop before the end.
+    """
     loader.reset()
     n_windows = max(1, min(val_tokens // loader.T, loader.n_windows))
     losses = [torch.zeros((), device=device)]
     for first in range(loader.rank * loader.B, n_windows, loader.world_size * loader.B):
+        if stop and stop.is_set():
+            break
         x, y = to_device(loader.next_batch(), device)
         counted = min(loader.B, n_windows - first)
         y[counted:] = -100  # cross_entropy leaves these out: the last batch keeps its shape and nothing counts twice
         losses.append(counted * batch_loss(model, x, y, autocast))  # no dropout: training mode only drops the logits
     total = torch.stack(losses).double().sum() if device.type != "mps" else torch.stack(losses).sum()
-    if loader.world_size > 1:
-        dist.all_reduce(total)
-    return float(total) / n_windows
+    return read_on_host([total], stop, loader.world_size)[0] / n_windows
 
 
 def load_hellaswag(config: TrainConfig, model: GPT, rank: int, world_size: int) -> list[dict]:
@@ -575,10 +590,11 @@ def load_hellaswag(config: TrainConfig, model: GPT, rank: int, world_size: int) 
         return []
 
 
-def evaluate_hellaswag(model: GPT, examples: list[dict], autocast, device, rank: int, world_size: int) -> dict:
-    """hellaswag.evaluate() in the precision of training; every rank scores its part."""
+def evaluate_hellaswag(model: GPT, examples: list[dict], autocast, device, rank: int, world_size: int,
+                       stop: threading.Event) -> dict:
+    """hellaswag.evaluate() in the precision of training; every rank scores its part. Stopped as for validation."""
     with autocast:
-        return hellaswag.evaluate(model, examples, device, rank=rank, world_size=world_size)
+        return hellaswag.evaluate(model, examples, device, rank=rank, world_size=world_size, stop=stop)
 
 
 @torch.no_grad()
@@ -683,15 +699,19 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
     return model
 
 
-def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, step: int, val_loss: float, last: bool):
-    """Rank 0 writes the state after `step` steps. A full disk is a warning, or an error where it is the `last` try."""
+def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, step: int, val_loss: float, last: bool,
+                    evaluated: bool = True) -> None:
+    """Rank 0 writes the state after `step` steps, and whether what is due after them has been evaluated.
+
+    A full disk, or a weight that is not finite, is a warning, or an error where this is the `last` try.
+    """
     if rank > 0:
         return
     try:
         log0.sync()
         checkpoint.save(train_config["out_dir"], step, {
             "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "train_config": train_config,
-            "model_config": asdict(raw_model.config), "step": step, "val_loss": val_loss,
+            "model_config": asdict(raw_model.config), "step": step, "val_loss": val_loss, "evaluated": evaluated,
             "position": step * (train_config["total_batch_size"] // train_config["sequence_length"])})
         checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
     except OSError as error:
@@ -711,7 +731,8 @@ def main(config: TrainConfig) -> float:
     diverged: five steps in a row without a finite loss and gradient.
     """
     config = dataclasses.replace(config)  # choices made below are written into this copy
-    with processes(config.device, config.deterministic) as (rank, world_size, device), runlog.stop_signal() as stop:
+    with (processes(config.device, config.deterministic) as (rank, world_size, device),
+          runlog.stop_signal(obey=config.max_steps > 0) as stop):
         with checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext():
             try:
                 return train(config, rank, world_size, device, stop)
@@ -727,6 +748,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     state = find_checkpoint(config, rank, world_size) if config.max_steps or not config.init_from else None
     resuming = bool(state and config.max_steps)  # evaluation alone resumes nothing
     start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
+    seen = start_step if resuming and state.get("evaluated", True) else start_step - 1  # its evaluation is in the log
     if resuming:
         adopt_choices(config, state["train_config"], world_size)
     torch.manual_seed(config.seed)
@@ -746,7 +768,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         DataLoaderLite, config.data, B=config.micro_batch_size, T=config.sequence_length, rank=rank,
         world_size=world_size, vocab_size=min(VOCAB_SIZE, raw_model.config.vocab_size))
     train_loader, val_loader = loader("train", seed=config.seed, shuffle=config.shuffle), loader("val", shuffle=False)
-    wants_hellaswag = config.hellaswag_every > 0 and start_step < config.max_steps
+    wants_hellaswag = config.hellaswag_every > 0 and seen < config.max_steps
     examples = load_hellaswag(config, raw_model, rank, world_size) if wants_hellaswag else []
 
     # speed: raw_model is the plain module, model what is compiled and wrapped
@@ -766,56 +788,58 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
 
     runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
                       why_dtype, why_compile, origin, resuming)
-    log0 = runlog.RunLog(config, rank, start_step if resuming else -1, flops_per_step, peak)
-    if start_step < config.max_steps or not config.max_steps:  # a finished run only repeats its result
+    log0 = runlog.RunLog(config, rank, start_step if resuming else -1, seen, flops_per_step, peak)
+    if seen < config.max_steps or not config.max_steps:  # a finished run only repeats its result
         log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
                    origin=origin, ranks=world_size, command=runlog.command_line(), model=asdict(raw_model.config),
                    data=shards.describe(config.data, val_loader.shards, config.val_tokens))
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
-    seen, stopping = start_step if resuming else -1, False  # the evaluation of step `seen` stands in the log already
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
-    for step in range(start_step, config.max_steps + 1):
-        last_step = step == config.max_steps
-        if step > seen and (step == 0 or due(step, config.val_every, last_step)):
-            val_loss = evaluate_val_loss(model, val_loader, config.val_tokens, autocast, device)
-            log0.val(step, val_loss)
-        if step > max(seen, 0) and examples and due(step, config.hellaswag_every, last_step):
-            log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size))
-        if step > seen and config.sample_every and due(step, config.sample_every, last_step):
-            log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
-        if step > start_step and due(step, config.checkpoint_every, last_step):
-            save(step, val_loss, last=last_step)
-        if last_step:
-            break
+    stopping = False
+    try:
+        for step in range(start_step, config.max_steps + 1):
+            last_step = step == config.max_steps
+            if step > seen and (step == 0 or due(step, config.val_every, last_step)):
+                val_loss = evaluate_val_loss(model, val_loader, config.val_tokens, autocast, device, stop)
+                log0.val(step, val_loss)
+            if step > max(seen, 0) and examples and due(step, config.hellaswag_every, last_step):
+                log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size, stop))
+            if step > seen and config.sample_every and due(step, config.sample_every, last_step):
+                log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
+            if step > max(seen, 0) and due(step, config.checkpoint_every, last_step):
+                save(step, val_loss, last=last_step)
+            seen = max(seen, step)
+            if last_step:
+                break
 
-        # the optimizer step
-        t0 = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            if stop.is_set() and world_size == 1:
-                break  # what is left of this step would be dropped anyway
-            sync = world_size == 1 or micro_step == grad_accum_steps - 1  # ranks add up their gradients once a step
-            with contextlib.nullcontext() if sync else model.no_sync():
-                loss = batch_loss(model, x, y, autocast) / grad_accum_steps
-                loss.backward()
-            loss_sum += loss.detach()
-            x, y = to_device(train_loader.next_batch(), device)  # read while the device still computes
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        loss, norm, stopping = read_on_host(loss_sum, norm, stop, world_size)
-        if stopping:
-            save(step, val_loss, last=True)
-            break
-        lr = get_lr(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:  # else this step changes no weight on any rank
-            optimizer.step()
-        raw_model.zero_grad(set_to_none=True)
+            # the optimizer step
+            t0 = time.perf_counter()
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                if stop.is_set() and world_size == 1:
+                    break  # what is left of this step would be dropped anyway
+                sync = world_size == 1 or micro_step == grad_accum_steps - 1  # ranks add up their gradients once a step
+                with contextlib.nullcontext() if sync else model.no_sync():
+                    loss = batch_loss(model, x, y, autocast) / grad_accum_steps
+                    loss.backward()
+                loss_sum += loss.detach()
+                x, y = to_device(train_loader.next_batch(), device)  # read while the device still computes
+            norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+            loss, norm = (total / world_size for total in read_on_host([loss_sum, norm], stop, world_size))
+            lr = get_lr(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:  # else this step changes no weight on any rank
+                optimizer.step()
+            raw_model.zero_grad(set_to_none=True)
 
-        # diagnostics only from here on
-        log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite)
+            # diagnostics only from here on
+            log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite)
+    except Stopped:  # between micro-steps, or within an evaluation, which is then done again when the run is resumed
+        stopping = True
+        save(step, val_loss, last=True, evaluated=step <= seen)
     log0.end(step, val_loss, stopping)
     return val_loss
 
@@ -825,13 +849,19 @@ def due(step: int, every: int, last_step: bool) -> bool:
     return last_step or (every > 0 and step % every == 0)
 
 
-def read_on_host(loss, norm, stop: threading.Event, world_size: int) -> tuple[float, float, bool]:
-    """(mean loss, gradient norm, whether any rank was told to stop): the step's one wait for the device."""
-    values = torch.stack((loss, norm.to(loss), torch.full_like(loss, stop.is_set())))  # (3,)
+def read_on_host(values: list, stop: threading.Event | None, world_size: int) -> list[float]:
+    """Scalars on the device, summed over the ranks -> numbers, in one transfer: a step's one wait for the device.
+
+    Stopped, on every rank, where one of them was told to stop.
+    """
+    told = torch.full_like(values[0], bool(stop and stop.is_set()))
+    values = torch.stack([value.to(told) for value in (*values, told)])
     if world_size > 1:
         dist.all_reduce(values)
-    loss, norm, stopping = (values / world_size).tolist()
-    return loss, norm, stopping > 0
+    *values, told = values.tolist()
+    if told:
+        raise Stopped
+    return values
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def test_weights_that_are_not_finite_are_refused_and_deleted(tmp_path):
     model = random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16)
     with torch.no_grad():
         model.transformer.wpe.weight[3] = float("nan")
-    save(tmp_path / "log", model)
+    state = checkpoint.load(save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16)))
+    torch.save(state | {"model": model.state_dict()}, tmp_path / "log" / "model_000003.pt")  # save() would refuse
     result = run([tmp_path / "log", tmp_path / "out"], script=SCRIPT)
     assert result.returncode == 2 and "by up to nan, and was deleted" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
