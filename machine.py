@@ -3,6 +3,7 @@
     pick_device(name, local_rank, world_size)    the torch.device of this process
     pick_dtype(name, device)                     (dtype of the matrix products, why)
     pick_compile(wanted, device, seconds)        (whether to compile, why)
+    fresh_store(rank, world_size)                where ranks find each other
     min_over_ranks(value, device, world_size)    what all ranks can agree on
     peak_flops(device, dtype)                    the denominator of MFU
 """
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -88,6 +90,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
+def fresh_store(rank: int, world_size: int):
+    """The store over which ranks find each other, with a prefix that no earlier attempt of the job has used.
+
+    torchrun keeps one store over restarts (pytorch/pytorch#135712): a rank could read there where one that is dead now
+    had listened, and wait for it for half an hour. Its count of restarts does not tell attempts apart, as each of
+    several torchruns counts its own. None without torchrun's store: then it is new each time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    token, others = uuid.uuid4().hex.encode(), range(1, world_size)
+    store.set(f"token/{rank}", token)
+    if rank > 0:  # rank 0 has seen this rank, not one of an earlier attempt, once it repeats the token
+        while token not in (seen := store.get("seen").split()):
+            time.sleep(0.02)
+        store.set(f"reply/{rank}", seen[0])
+        return dist.PrefixStore(seen[0].decode(), store)
+    while True:
+        store.set("seen", b" ".join([token, *(store.get(f"token/{other}") for other in others)]))
+        if all(store.check([f"reply/{other}"]) and store.get(f"reply/{other}") == token for other in others):
+            return dist.PrefixStore(token.decode(), store)
+        time.sleep(0.02)
+
+
 def min_over_ranks(value: int, device, world_size: int) -> int:
     """The smallest value any rank has: what all of them can agree on."""
     smallest = torch.tensor(value, device=device)
@@ -114,6 +140,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; only CUDA has a type of its own for it."""
     words = ("out of memory", "allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception says that another rank has gone; gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def memory_remedy(micro_batch_size: int) -> str:

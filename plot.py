@@ -121,8 +121,10 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
     out, picture = Path(out), io.BytesIO()
     make_figure(runs, x).savefig(picture, format=out.suffix[1:])
     temporary = out.with_name(out.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link that leads elsewhere
     try:
-        temporary.write_bytes(picture.getvalue())
+        with open(temporary, "xb") as file:
+            file.write(picture.getvalue())
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import plot
 from plot import OPENAI_HELLASWAG, OPENAI_LOSS, last
 from runlog import clock
-from shards import FINEWEB_EDU
+from shards import FINEWEB_EDU, open_new
 
 PUBLISHED_TOKENS = 10_485_760  # of validation, in windows of 1,024, behind OPENAI_LOSS
 HELLASWAG_EXAMPLES = 10_042  # behind OPENAI_HELLASWAG
@@ -146,7 +146,8 @@ def write_report(folder) -> Path:
             f"{not_measured(lines)}\n")
     path, temporary = folder / "report.md", folder / "report.md.tmp"
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+        with open_new(temporary) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files may be no text
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -501,7 +501,8 @@ def processes(device: str, deterministic: bool = False):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1:
         on_cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=machine.fresh_store(rank, world_size), rank=rank,
+                                world_size=world_size, device_id=device if on_cuda else None)
     yield rank, world_size, device
     if world_size > 1:  # not where a rank has failed: tearing down would wait for the others before the error is told
         dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
@@ -737,9 +738,12 @@ def main(config: TrainConfig) -> float:
             try:
                 return train(config, rank, world_size, device, stop)
             except (RuntimeError, MemoryError) as error:
-                if not machine.is_out_of_memory(error):
-                    raise
-                raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
+                if machine.is_out_of_memory(error):
+                    raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
+                if machine.is_lost_connection(error):
+                    raise ConnectionError("the connection to another rank is lost, see what that one says; the same "
+                                          f"command goes on from the last checkpoint ({error})") from error
+                raise
 
 
 def train(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: threading.Event) -> float:
@@ -796,7 +800,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
     save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
-    stopping = False
+    stopping, finite = False, True
     try:
         for step in range(start_step, config.max_steps + 1):
             last_step = step == config.max_steps
@@ -807,8 +811,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                 log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size, stop))
             if step > seen and config.sample_every and due(step, config.sample_every, last_step):
                 log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
-            if step > max(seen, 0) and due(step, config.checkpoint_every, last_step):
-                save(step, val_loss, last=last_step)
+            if step > max(seen, 0) and due(step, config.checkpoint_every, last_step) and (finite or last_step):
+                save(step, val_loss, last=last_step)  # but not in a row of bad steps: the last good state must stay
             seen = max(seen, step)
             if last_step:
                 break

@@ -1,0 +1,237 @@
+"""Run train_gpt2.py's command with one fault, of which the environment variable FAULT says what, where and when.
+
+    FAULT=kill:write:2 python tests/faults/inject.py --data ...      # SIGKILL in the second write of a checkpoint
+    FAULT=TERM:validation:5:parent torchrun ... inject.py ...        # SIGTERM to torchrun in the fifth batch of rank 0
+    FAULT=raise:step:3:rank1                                         # rank 1 raises in its third backward pass
+
+What: `kill`, `TERM`, `INT` or `TERM+TERM` to this process (with `:parent` to the one that started it), `raise`, `nan`
+or `inf` in the `loss`, a `gradient` or the `weights`, or `record`, which does nothing. Where: see PLACES; `tokens` also
+writes what each rank is given to train on into the file that TOKENS names. When: at how many-th pass, and for `nan` and
+`inf` how many times from there (`nan:gradient:3x2:rank1`). `rankN`: on that rank only, otherwise on rank 0. A job that
+torchrun has started again after a failure is left alone. Each rank writes the hash of its weights and moments after
+every step into the file that WEIGHTS names, if it does.
+"""
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import checkpoint
+import hellaswag
+import runlog
+import train_gpt2
+
+what, where, when, *rest = os.environ["FAULT"].split(":")
+first, _, times = when.partition("x")
+first, times = int(first), int(times or 1)
+rank = next((word.removeprefix("rank") for word in rest if word.startswith("rank")), "0")
+here = os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+passes = 0
+
+
+def due() -> bool:
+    """Whether a pass of the place is one of those at which the fault happens."""
+    global passes
+    passes += here
+    return here and first <= passes < first + times
+
+
+def act() -> None:
+    """Do it, if it is due."""
+    if not due():
+        return
+    if what == "record":
+        return
+    if what == "raise":
+        raise RuntimeError("the injected fault")
+    for name in what.split("+"):
+        number = getattr(signal, f"SIG{name.upper()}")
+        os.kill(os.getppid() if "parent" in rest else os.getpid(), number)
+        while "parent" in rest and signal.getsignal(number) != signal.SIG_DFL:  # until torchrun has passed it on
+            time.sleep(0.01)
+
+
+def before(owner, name: str) -> None:
+    """Have act() called before every call of owner.name."""
+    original = getattr(owner, name)
+
+    def wrapped(*arguments, **options):
+        act()
+        return original(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+class Writing:
+    """A file that acts in its fifth write, that is in the middle of a checkpoint."""
+
+    def __init__(self, file):
+        self.file, self.writes = file, 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 5:
+            self.file.flush()
+            act()
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+class Tearing:
+    """A log file that acts when half of a line is written."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, line):
+        half = self.file.write(line[:len(line) // 2])
+        act()
+        return half + self.file.write(line[half:])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def tear_log() -> None:
+    original = runlog.RunLog.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self.file = Tearing(self.file) if self.rank == 0 else None
+
+    runlog.RunLog.__init__ = init
+
+
+def hurt_validation() -> None:
+    original = train_gpt2.DataLoaderLite.next_batch
+
+    def next_batch(self):
+        if not self.shuffle:
+            act()
+        return original(self)
+
+    train_gpt2.DataLoaderLite.next_batch = next_batch
+
+
+def record_tokens() -> None:
+    original = train_gpt2.DataLoaderLite.next_batch
+
+    def next_batch(self):
+        first = self.position + self.rank * self.B
+        x, y = original(self)
+        if self.shuffle:
+            act()
+            with open(f"{os.environ['TOKENS']}.{self.rank}", "a") as file:
+                file.write(json.dumps([first, torch.cat((x, y), dim=1).tolist()]) + "\n")
+        return x, y
+
+    train_gpt2.DataLoaderLite.next_batch = next_batch
+
+
+def hurt_sample() -> None:
+    original = train_gpt2.stream_tokens
+
+    def stream_tokens(*arguments, **options):
+        for i, token in enumerate(original(*arguments, **options)):
+            if i == 5:
+                act()
+            yield token
+
+    train_gpt2.stream_tokens = stream_tokens
+
+
+def hurt_write() -> None:
+    original = checkpoint.open_new
+    checkpoint.open_new = lambda path: Writing(original(path))
+
+
+def hurt_loss() -> None:
+    original = train_gpt2.batch_loss
+    value = math.nan if what == "nan" else math.inf
+
+    def batch_loss(model, x, y, autocast):
+        loss = original(model, x, y, autocast)
+        if torch.is_grad_enabled() and due():
+            loss = loss + (value - loss).detach()  # the gradient stays finite
+        return loss
+
+    train_gpt2.batch_loss = batch_loss
+
+
+def hurt_gradient() -> None:
+    original = torch.Tensor.backward
+    value = math.nan if what == "nan" else math.inf
+
+    def backward(loss, *arguments, **options):
+        return original(loss * value if due() else loss, *arguments, **options)
+
+    torch.Tensor.backward = backward
+
+
+def record_weights() -> None:
+    """Write the hash of all weights and moments after each step into a file of this rank's."""
+    configure, train, parts = train_gpt2.configure_optimizer, runlog.RunLog.train, []
+
+    def configure_optimizer(model, *arguments):
+        parts[:] = model, configure(model, *arguments)
+        return parts[1]
+
+    def log_train(self, *arguments, **options):
+        model, optimizer = parts
+        tensors = [*model.parameters(), *(value for one in getattr(optimizer, "optimizers", [optimizer])
+                                          for state in one.state.values() for value in state.values())]
+        hashed = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors))
+        with open(f"{os.environ['WEIGHTS']}.{self.rank}", "a") as file:
+            file.write(hashed.hexdigest() + "\n")
+        train(self, *arguments, **options)
+
+    train_gpt2.configure_optimizer, runlog.RunLog.train = configure_optimizer, log_train
+
+
+def hurt_weights() -> None:
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        result = original(self, *arguments)
+        if due():
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][3] = math.inf
+        return result
+
+    torch.optim.AdamW.step = step
+
+
+PLACES = {
+    "step": lambda: before(torch.Tensor, "backward"),
+    "update": lambda: before(torch.optim.AdamW, "step"),
+    "validation": hurt_validation,
+    "tokens": record_tokens,
+    "hellaswag": lambda: before(hellaswag, "sum_losses"),
+    "sample": hurt_sample,
+    "write": hurt_write,
+    "rename": lambda: before(checkpoint, "replace"),
+    "prune": lambda: before(checkpoint, "prune"),  # the checkpoint has its name, older ones are still there
+    "log": tear_log,
+    "loss": hurt_loss,
+    "weights": hurt_weights,
+    "gradient": hurt_gradient,
+}
+
+PLACES[where]()
+if "WEIGHTS" in os.environ:
+    record_weights()
+if __name__ == "__main__":
+    runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))

@@ -1,0 +1,80 @@
+"""Inf and NaN in one rank's loss or gradient: no weight changes anywhere, and five in a row stop the run."""
+import tempfile
+from pathlib import Path
+
+import torch
+from conftest import flags, read_log, write_shards
+from faults.common import Row, checkpoint_steps, finish, start
+
+import checkpoint
+
+
+def skipped(value: str, where: str, optimizer: str, ranks: int) -> None:
+    """One bad step, the fourth: the weights after it are those before it, on every rank, and training goes on."""
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "run"
+        passes = 7 if ranks == 1 else 4  # two micro-steps at one rank
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer,
+                              checkpoint_every=1, keep_checkpoints=9), ranks,
+                        f"{value}:{where}:{passes}:rank{ranks - 1}", WEIGHTS=str(Path(home) / "weights"))
+        finish(process)
+        lines = read_log(folder, "train")
+        assert [line["step"] for line in lines if line.get("skipped")] == [4]
+        hashes = [path.read_text().split() for path in sorted(Path(home).glob("weights.*"))]
+        assert len(hashes) == ranks and all(rank == hashes[0] for rank in hashes) and len(hashes[0]) == 6
+        assert hashes[0][2] == hashes[0][3], "the step that was skipped changed a weight or a moment"
+        assert len(set(hashes[0])) == 5
+        assert checkpoint_steps(folder) == [1, 2, 3, 5, 6]
+
+
+def finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor holds neither inf nor nan."""
+    return bool(torch.isfinite(weight).all())
+
+
+def five_in_a_row(optimizer: str, ranks: int) -> None:
+    """From the fourth step on every loss is bad: the run stops, says where, and the last good checkpoint stays."""
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "run"
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer, max_steps=20,
+                              checkpoint_every=3), ranks, f"nan:gradient:{7 if ranks == 1 else 4}x99:rank{ranks - 1}")
+        output = finish(process, code=1)
+        good = checkpoint.load(folder / "model_000003.pt")
+        for words in ("five steps in a row without a finite loss and gradient, the last one step 8", "norm nan",
+                      "at 1,024 tokens"):
+            assert words in output, output[-1500:]
+        lines = read_log(folder, "train")
+        assert [bool(line.get("skipped")) for line in lines] == [False] * 3 + [True] * 5
+        assert checkpoint_steps(folder) == [3] and all(map(finite, good["model"].values()))
+
+
+def bad_weights() -> None:
+    """An update puts an inf into the weights, in a step after which a checkpoint is due: none ever holds it."""
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "run"
+        arguments = flags(data=write_shards(Path(home) / "data"), out_dir=folder, checkpoint_every=1, max_steps=20)
+        output = finish(start(arguments, 1, "inf:weights:4"), code=1)
+        assert "after step 4 transformer.wte.weight is not finite: no checkpoint of it is kept" in output
+        assert "five steps in a row" in output and checkpoint_steps(folder) == [2, 3]
+        assert all(map(finite, checkpoint.load(folder / "model_000003.pt")["model"].values()))
+
+
+def not_finite(full: bool = False) -> list[Row]:
+    """All of it, or one of each kind."""
+    cases = [(value, where, optimizer, ranks) for optimizer in ("adamw", "muon") for ranks in (1, 2)
+             for value in ("nan", "inf") for where in ("loss", "gradient")]
+    if not full:
+        cases = [("nan", "loss", "muon", 1), ("inf", "gradient", "adamw", 2)]
+    for case in cases:
+        skipped(*case)
+    runs = [("adamw", 2), ("muon", 1), *([("adamw", 1), ("muon", 2)] if full else [])]
+    for case in runs:
+        five_in_a_row(*case)
+    bad_weights()
+    return [Row("nan or inf in one rank's loss or gradient; 1 and 2 ranks, AdamW and Muon", len(cases),
+                "no weight and no moment changed on any rank, the step is logged as skipped, training went on"),
+            Row("nan in every step from the fourth on", len(runs), "stopped with code 1 after five, naming step 8, the "
+                "loss and 1,024 tokens; the last checkpoint is that of step 3, before them"),
+            Row("an update that puts inf into a weight when a checkpoint is due", 1, "the checkpoint is refused, those "
+                "before it stay; stopped after five bad steps")]
+

@@ -1,0 +1,119 @@
+"""Break training in every way that DESIGN's promises speak of, and write down what happened.
+
+    python tests/faults/run.py --full     # the record: writes tests/FAULTS.md, about 40 minutes on two cores
+    python tests/faults/run.py            # the small part that pytest runs too, to the screen
+    python tests/faults/run.py --only disk --full
+
+A promise that is broken stands in the table as BROKEN, and the exit code is 1.
+"""
+import os
+import platform
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+
+import torch
+from faults.common import Row
+from faults.corrupt import corrupt
+from faults.disk import disk
+from faults.fuzz import fuzz
+from faults.kill import KillConfig, kills
+from faults.not_finite import not_finite
+from faults.ranks import a_killed_worker, a_raising_rank, another_world, two_agents
+from faults.signals import a_second_signal, signals, the_demo
+from faults.soak import soak
+from faults.two_runs import two_runs
+from faults.untrusted import untrusted
+
+import runlog
+
+RECORD = Path(__file__).parent.parent / "FAULTS.md"
+# part -> (what it is called, what pytest runs of it, what the record has beyond that)
+PARTS = {
+    "kill": ("SIGKILL anywhere", {
+        "1_rank": lambda: [kills(KillConfig(kills=5))],
+        "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2))],
+    }, lambda: [kills(KillConfig(**config), workers=2) for config in (
+        dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=40, optimizer="muon", seed=3),
+        dict(kills=16, compile=True, seed=4))]),
+    "signals": ("Signals", {
+        "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
+        "2_ranks": lambda: signals(2, ("TERM",), ("step", "validation")),
+        "twice": lambda: a_second_signal(("validation",)),
+    }, lambda: [*signals(), *signals(2), *a_second_signal(), *the_demo()]),
+    "ranks": ("Ranks and torchrun", {
+        "killed": lambda: a_killed_worker(),
+        "raising": lambda: a_raising_rank(("step",)),
+    }, lambda: [*a_killed_worker(4), *a_raising_rank(), *two_agents()]),
+    "world": ("Another number of ranks", {"1_2_1": lambda: another_world()}, lambda: another_world()),
+    "disk": ("Disk", {"full": lambda: disk()}, lambda: disk(full=True)),
+    "corrupt": ("Corruption", {"bits": lambda: corrupt(40, 12)}, lambda: corrupt()),
+    "numbers": ("Inf and nan", {"few": lambda: not_finite()}, lambda: not_finite(full=True)),
+    "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6)}, lambda: fuzz(2000, 50)),
+    "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
+    "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
+    "soak": ("Soak", {"900_steps": lambda: soak(900, 400)}, lambda: soak()),
+}
+
+
+@dataclass
+class FaultsConfig:
+    """What to try."""
+
+    full: bool = False  # the whole record, written to tests/FAULTS.md (with --only to the screen)
+    only: str = ""  # one part: kill, signals, ranks, world, disk, corrupt, numbers, fuzz, untrusted, two_runs or soak
+
+
+def try_part(name: str, full: bool) -> tuple[list[Row], float]:
+    """The rows of a part, and how long it took; what broke a promise is a row too."""
+    _, small, record = PARTS[name]
+    rows, started = [], time.monotonic()
+    for action in ([record] if full else small.values()):
+        try:
+            rows += action()
+        except Exception as error:
+            traceback.print_exc()
+            rows.append(Row(f"{name}", 0, f"BROKEN: {runlog.explain(error)}"))
+    return rows, time.monotonic() - started
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these flags."""
+    config = FaultsConfig(**runlog.parse_flags(FaultsConfig, argv, "Try the promises of DESIGN under faults."))
+    if config.only and config.only not in PARTS:
+        raise runlog.UserError(f"--only is {config.only!r}, it must be one of {', '.join(PARTS)}")
+    started, lines, broken = time.monotonic(), [], 0
+    for name in [config.only] if config.only else PARTS:
+        rows, seconds = try_part(name, config.full)
+        broken += sum(row.outcome.startswith("BROKEN") for row in rows)
+        lines += [f"\n## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|",
+                  *(f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows),
+                  f"\n{runlog.clock(seconds)} (`python tests/faults/run.py --full --only {name}`)"]
+        print("\n".join(lines[-3 - len(rows):]), flush=True)
+    minutes = (time.monotonic() - started) / 60
+    head = ["# What was tried to break it, and what happened\n",
+            f"`python tests/faults/run.py --full`, {minutes:.0f} minutes on {os.cpu_count()} cores of {cpu()}, Python "
+            f"{platform.python_version()}, torch {torch.__version__}. Every fault is a real one: processes are killed, "
+            "file systems are full, bits are flipped. A small part of it runs with `pytest`.",
+            f"\n{'Every promise was kept.' if not broken else f'{broken} promises were BROKEN.'}"]
+    if config.full and not config.only:
+        RECORD.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+        print(f"written to {RECORD}")
+    sys.exit(1 if broken else 0)
+
+
+def cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.machine()
+
+
+if __name__ == "__main__":
+    runlog.run_command(main, sys.argv[1:])

@@ -1,0 +1,51 @@
+"""A long run with everything that happens in one: memory, open files, threads and disk stay what they were."""
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from conftest import flags, write_shards
+from faults.common import DUE, Row, family, finish, said, start
+
+
+WINDOW = 200  # steps over which what is seen is put together
+
+
+def soak(steps: int = 3000, settled: int = 300) -> list[Row]:
+    """Watch the run's process from outside at every checkpoint; growth counts after the first `settled` steps."""
+    import psutil
+
+    with tempfile.TemporaryDirectory() as home:
+        folder, seen = Path(home) / "run", []
+        settings = {**DUE, "max_steps": steps, "val_every": 50, "sample_every": 50, "checkpoint_every": 25,
+                    "hellaswag_every": 100, "n_layer": 1}
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings))
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                step = max((int(path.stem[6:]) for path in folder.glob("model_*.pt")), default=0)
+                if step > (seen[-1][0] if seen else 0):
+                    disk = sum(path.lstat().st_size for path in folder.iterdir()
+                               if path.name not in ("log.jsonl", "loss.png") and path.suffix != ".tmp")
+                    seen.append((step, watched.memory_info().rss, watched.num_fds(), watched.num_threads(), disk))
+            except (psutil.Error, FileNotFoundError):  # it has just ended, or deleted a checkpoint
+                continue
+        finish(process)
+        early = [each for each in seen if settled <= each[0] <= settled + WINDOW]
+        late = [each for each in seen if each[0] > steps - WINDOW]
+        assert len(early) > 3 and len(late) > 3, f"seen at {[each[0] for each in seen]}"
+        memory, memory_after = (statistics.median(each[1] / 2**20 for each in part) for part in (early, late))
+        (files, threads, disk), (files_after, threads_after, disk_after) = (
+            [max(each[i] for each in part) for i in (2, 3, 4)] for part in (early, late))
+        assert memory_after <= 1.05 * memory, f"memory grew from {memory:.0f} to {memory_after:.0f} MiB"
+        assert files_after <= files + 1 and threads_after <= threads, f"{files_after} files, {threads_after} threads"
+        assert disk_after <= disk + 4096, f"the folder grew from {disk:,} to {disk_after:,} bytes"
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        per_step = (folder / "log.jsonl").stat().st_size / steps
+        assert sum(line["kind"] == "train" for line in lines) == steps and len(family(process)) <= 1
+        assert "warning" not in said(process)
+    return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
+                f"from steps {settled} to {settled + WINDOW} to the last {WINDOW}: resident memory {memory:.0f} -> "
+                f"{memory_after:.0f} MiB (medians), open files {files} -> {files_after}, threads {threads} -> "
+                f"{threads_after}, disk beside log.jsonl and its picture {disk / 2**20:.1f} -> "
+                f"{disk_after / 2**20:.1f} MiB; log.jsonl grows by {per_step:.0f} bytes a step")]

@@ -1,0 +1,12 @@
+"""The small part of tests/faults/run.py: each fault is a real one, and each promise is kept."""
+import pytest
+from faults.run import PARTS
+
+SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", SMALL)
+def test_a_promise_is_kept(name):
+    rows = SMALL[name]()
+    assert rows and not [row for row in rows if row.outcome.startswith("BROKEN")]
