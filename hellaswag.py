@@ -477,14 +477,14 @@ def write_out(path: Path, examples: list[dict], result: dict) -> None:
 
 
 def report(config: HellaSwagConfig, result: dict, block_size: int) -> None:
-    """Print the result, with the published one beside it for OpenAI's models."""
+    """Print the result, with the published one beside it for OpenAI's models; OSError where that cannot be done."""
     published = PUBLISHED.get((config.model, config.style)) if config.split == "val" else None
     for i, name in enumerate(("acc", "acc_norm")):
         beside = f" | published for all 10,042: {published[i]:.2%}" if published else ""
-        print0(f"{name:>8} | {result[name]:.2%} +- {result[f'{name}_stderr']:.2%}{beside}")
+        print(f"{name:>8} | {result[name]:.2%} +- {result[f'{name}_stderr']:.2%}{beside}")
     n, seconds = result["n"], result["seconds"]
     cut = f"; {result['cut']:,} contexts cut on the left to fit {block_size} positions" if result["cut"] else ""
-    print0(f"{'n':>8} | {n:,} examples in {seconds:.1f} s: {n / seconds:.1f} examples/s{cut}")
+    print(f"{'n':>8} | {n:,} examples in {seconds:.1f} s: {n / seconds:.1f} examples/s{cut}", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -508,7 +508,8 @@ def main(argv: list[str]) -> None:
         if math.isnan(result["acc"]):
             raise FloatingPointError(f"{config.model} gives losses that are not finite, its weights are damaged: name "
                                      "an earlier checkpoint")
-        report(config, result, model.config.block_size)
+        if rank == 0:
+            report(config, result, model.config.block_size)
         if config.out and rank == 0:
             write_out(Path(config.out), examples, result)
 

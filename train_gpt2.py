@@ -701,10 +701,11 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
 
 
 def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, step: int, val_loss: float, last: bool,
-                    evaluated: bool = True) -> None:
+                    evaluated: bool = True, prune: bool = True) -> None:
     """Rank 0 writes the state after `step` steps, and whether what is due after them has been evaluated.
 
-    A full disk, or a weight that is not finite, is a warning, or an error where this is the `last` try.
+    Old checkpoints go if `prune`. A full disk, or a weight that is not finite, is a warning, or an error where this is
+    the `last` try.
     """
     if rank > 0:
         return
@@ -714,7 +715,8 @@ def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, s
             "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "train_config": train_config,
             "model_config": asdict(raw_model.config), "step": step, "val_loss": val_loss, "evaluated": evaluated,
             "position": step * (train_config["total_batch_size"] // train_config["sequence_length"])})
-        checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
+        if prune:
+            checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
     except OSError as error:
         print0(f"warning: {error}; the checkpoints before it stay")
         if last:
@@ -811,8 +813,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                 log0.hellaswag(step, evaluate_hellaswag(raw_model, examples, autocast, device, rank, world_size, stop))
             if step > seen and config.sample_every and due(step, config.sample_every, last_step):
                 log0.sample(step, sample_text(raw_model, config.sample_prompt, autocast, device))
-            if step > max(seen, 0) and due(step, config.checkpoint_every, last_step) and (finite or last_step):
-                save(step, val_loss, last=last_step)  # but not in a row of bad steps: the last good state must stay
+            if step > max(seen, 0) and due(step, config.checkpoint_every, last_step):
+                save(step, val_loss, last=last_step, prune=finite)  # a run that diverges deletes no good checkpoint
             seen = max(seen, step)
             if last_step:
                 break

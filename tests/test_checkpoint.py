@@ -80,6 +80,17 @@ except checkpoint.CheckpointError as error:
     assert checkpoint.load(tmp_path / "model_000001.pt")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+def test_what_is_not_finite_is_not_saved(bad, where, tmp_path):
+    spoilt = {"optimizers": [{"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}]} if where == "optimizer" else {
+        "w": torch.tensor([bad])}
+    with pytest.raises(CheckpointError, match=r"after step 3 .* is not finite: no checkpoint of it is kept"):
+        checkpoint.save(tmp_path, 3, state(**{where: spoilt}))
+    assert not list(tmp_path.iterdir())
+    assert checkpoint.save(tmp_path, 3, state(val_loss=float("nan")))  # only tensors count
+
+
 def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, state(step))

@@ -1,12 +1,10 @@
 """Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command."""
-import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, flags, read_log, run, write_shards
+from conftest import flags, read_log, run, write_shards
 from test_data import spoil
 
 import checkpoint
@@ -141,20 +139,6 @@ def test_an_output_folder_that_cannot_be_written(shard_folder, tmp_path):
     assert "cannot write to /proc/nowhere" in error_of(flags(data=shard_folder, out_dir="/proc/nowhere"))
 
 
-def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(shard_folder, tmp_path):
-    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=100000, compile=False)
-    first = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    assert any("step" in line for line in iter(first.stdout.readline, ""))
-    assert "another run is training into" in error_of(arguments)
-    first.kill()
-    first.wait()
-    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=6)
-    first.stdout.close()
-    for path in (tmp_path / "out").glob("model_*"):
-        path.unlink()
-    assert run(arguments).returncode == 0
-
-
 def test_more_ranks_than_gpus_are_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -167,6 +151,13 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path):
     line = error_of(flags(data=tmp_path / "text.txt", out_dir=tmp_path / "out"),
                     PYTHONPATH=str(tmp_path))
     assert "No module named 'tiktoken': run pip install -r requirements.txt" in line
+
+
+@pytest.mark.parametrize("rank, world_size", [("x", "2"), ("1", "1"), ("-1", "2"), ("0", "")])
+def test_ranks_that_torchrun_did_not_set(rank, world_size, shard_folder, tmp_path):
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), RANK=rank, WORLD_SIZE=world_size)
+    assert result.returncode == 2 and "use torchrun, or unset these variables" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.dist

@@ -24,7 +24,8 @@ def skipped(value: str, where: str, optimizer: str, ranks: int) -> None:
         assert len(hashes) == ranks and all(rank == hashes[0] for rank in hashes) and len(hashes[0]) == 6
         assert hashes[0][2] == hashes[0][3], "the step that was skipped changed a weight or a moment"
         assert len(set(hashes[0])) == 5
-        assert checkpoint_steps(folder) == [1, 2, 3, 5, 6]
+        assert checkpoint_steps(folder) == [1, 2, 3, 4, 5, 6]
+        assert equal(folder, 3, 4) and not equal(folder, 4, 5)
 
 
 def finite(weight: torch.Tensor) -> bool:
@@ -32,20 +33,26 @@ def finite(weight: torch.Tensor) -> bool:
     return bool(torch.isfinite(weight).all())
 
 
+def equal(folder: Path, a: int, b: int) -> bool:
+    """Whether the weights after two steps are the same, bit by bit."""
+    a, b = (checkpoint.load(folder / f"model_{step:06d}.pt")["model"] for step in (a, b))
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
 def five_in_a_row(optimizer: str, ranks: int) -> None:
     """From the fourth step on every loss is bad: the run stops, says where, and the last good checkpoint stays."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer, max_steps=20,
-                              checkpoint_every=3), ranks, f"nan:gradient:{7 if ranks == 1 else 4}x99:rank{ranks - 1}")
+        arguments = flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer, max_steps=20,
+                          checkpoint_every=3, keep_checkpoints=1)
+        process = start(arguments, ranks, f"nan:gradient:{7 if ranks == 1 else 4}x99:rank{ranks - 1}")
         output = finish(process, code=1)
-        good = checkpoint.load(folder / "model_000003.pt")
         for words in ("five steps in a row without a finite loss and gradient, the last one step 8", "norm nan",
                       "at 1,024 tokens"):
             assert words in output, output[-1500:]
         lines = read_log(folder, "train")
         assert [bool(line.get("skipped")) for line in lines] == [False] * 3 + [True] * 5
-        assert checkpoint_steps(folder) == [3] and all(map(finite, good["model"].values()))
+        assert checkpoint_steps(folder) == [3, 6] and equal(folder, 3, 6)  # with --keep_checkpoints 1
 
 
 def bad_weights() -> None:
@@ -74,7 +81,7 @@ def not_finite(full: bool = False) -> list[Row]:
     return [Row("nan or inf in one rank's loss or gradient; 1 and 2 ranks, AdamW and Muon", len(cases),
                 "no weight and no moment changed on any rank, the step is logged as skipped, training went on"),
             Row("nan in every step from the fourth on", len(runs), "stopped with code 1 after five, naming step 8, the "
-                "loss and 1,024 tokens; the last checkpoint is that of step 3, before them"),
+                "loss and 1,024 tokens; the checkpoint before them stays, with --keep_checkpoints 1 too"),
             Row("an update that puts inf into a weight when a checkpoint is due", 1, "the checkpoint is refused, those "
                 "before it stay; stopped after five bad steps")]
 

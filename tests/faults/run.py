@@ -38,8 +38,8 @@ PARTS = {
         "1_rank": lambda: [kills(KillConfig(kills=5))],
         "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2))],
     }, lambda: [kills(KillConfig(**config), workers=2) for config in (
-        dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=40, optimizer="muon", seed=3),
-        dict(kills=16, compile=True, seed=4))]),
+        dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=30, optimizer="muon", seed=3),
+        dict(kills=10, compile=True, seed=4))]),
     "signals": ("Signals", {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
         "2_ranks": lambda: signals(2, ("TERM",), ("step", "validation")),
