@@ -6,6 +6,7 @@
     prune(folder, keep, step)   deletes all but the newest up to a step
     read_transformers(folder)   (shape, weights) of a GPT-2 in transformers' layout, or of OpenAI's by name
     write_transformers(folder)  the other way round
+    write_sums, check_sums      the hashes of an exported folder
     lock(folder)                a context in which no other process can train into the folder
 
 A checkpoint is what torch.save makes of tensors, numbers, strings, lists and dicts: a zip file with checksums.
@@ -194,11 +195,15 @@ def check_sums(folder: Path) -> None:
     if not path.exists():
         return
     check_inside(path)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        check_inside(folder / name)
-        if sha256(folder / name) != digest:
-            raise ValueError(f"{name} is damaged: export it again, or, if it was changed on purpose, delete {SUMS}")
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        entry = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
+        if line and not entry:
+            raise ValueError(f"{SUMS} is damaged: export the model again, or delete it")
+        if entry:
+            check_inside(folder / entry[2])
+            if not (folder / entry[2]).is_file() or sha256(folder / entry[2]) != entry[1]:
+                raise ValueError(f"{entry[2]} is damaged or missing: export the model again, or, if that is on "
+                                 f"purpose, delete {SUMS}")
 
 
 def write_sums(folder: Path) -> None:

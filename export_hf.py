@@ -7,8 +7,9 @@
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
 
 The folder gets config.json, generation_config.json, model.safetensors (50,257 rows: those that pad the vocabulary are
-dropped), the tokenizer's files and a model card, README.md, filled from the run's log. It appears only when what was
-written has been loaded again, by transformers where that is installed, and gives the logits of the checkpoint.
+dropped), the tokenizer's files, SHA256SUMS of these, and a model card, README.md, filled from the run's log. It appears
+only when what was written has been loaded again, by transformers where that is installed, and gives the logits of the
+checkpoint.
 """
 import json
 import os

@@ -499,8 +499,10 @@ def main(argv: list[str]) -> None:
         model = load_model(config.model, device)
         examples = load_examples(config.split, config.data, config.limit, config.style, rank, world_size)
         dtype, why = machine.pick_dtype(config.dtype, device)
-        print0(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
-               f"{config.style} style; {machine.describe_device(device)}, {str(dtype).removeprefix('torch.')}: {why}")
+        if rank == 0:
+            print(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
+                  f"{config.style} style; {machine.describe_device(device)}, "
+                  f"{str(dtype).removeprefix('torch.')}: {why}", flush=True)
         with (progress_bar(len(examples), 0, " examples", quiet=rank > 0) as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
             result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,

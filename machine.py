@@ -7,6 +7,7 @@
     min_over_ranks(value, device, world_size)    what all ranks can agree on
     peak_flops(device, dtype)                    the denominator of MFU
 """
+import datetime
 import os
 import re
 import subprocess
@@ -99,19 +100,20 @@ def fresh_store(rank: int, world_size: int):
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=datetime.timedelta(minutes=30))
     token, others = uuid.uuid4().hex.encode(), range(1, world_size)
     store.set(f"token/{rank}", token)
-    if rank > 0:  # rank 0 has seen this rank, not one of an earlier attempt, once it repeats the token
-        while token not in (seen := store.get("seen").split()):
-            time.sleep(0.02)
-        store.set(f"reply/{rank}", seen[0])
-        return dist.PrefixStore(seen[0].decode(), store)
-    while True:
-        store.set("seen", b" ".join([token, *(store.get(f"token/{other}") for other in others)]))
-        if all(store.check([f"reply/{other}"]) and store.get(f"reply/{other}") == token for other in others):
-            return dist.PrefixStore(token.decode(), store)
+    for _ in range(90_000):  # half an hour
+        if rank == 0:
+            store.set("seen", b" ".join([token, *(store.get(f"token/{other}") for other in others)]))
+            if all(store.check([f"reply/{other}"]) and store.get(f"reply/{other}") == token for other in others):
+                return dist.PrefixStore(token.decode(), store)
+        elif token in (seen := store.get("seen").split()):  # rank 0 has seen this rank, not one of an earlier attempt
+            store.set(f"reply/{rank}", seen[0])
+            return dist.PrefixStore(seen[0].decode(), store)
         time.sleep(0.02)
+    raise ConnectionError("the other ranks did not come within half an hour: are they all running?")
 
 
 def min_over_ranks(value: int, device, world_size: int) -> int:

@@ -232,6 +232,7 @@ class Tracker:
                 return
             self.service = importlib.import_module(name)
             known = folder / "run_id"  # of this run, where the service knows many
+            check_inside(known)
             run_id = known.read_text().strip() if step >= 0 and known.exists() else ""
             run_id = run_id or uuid.uuid4().hex[:8]
             known.write_text(run_id)
@@ -269,9 +270,9 @@ class RunLog:
     """What a run says while it goes, on rank 0 only: lines on the screen, and one JSON object a line in log.jsonl.
 
     Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped, and of evaluations those past
-    `seen`. Evaluation alone (max_steps 0)
-    appends to eval.jsonl instead, so that it never touches the log of a training run. After each validation loss.png
-    is drawn anew, at the end report.md is written: where that fails, one line says so and training goes on.
+    `seen`. Evaluation alone (max_steps 0) appends to eval.jsonl instead, so that it never touches the log of a training
+    run. After each validation loss.png is drawn anew, at the end report.md is written: where that fails, one line says
+    so and training goes on.
     """
 
     def __init__(self, config, rank: int, step: int, seen: int, flops_per_step: float, peak: float):
@@ -284,8 +285,7 @@ class RunLog:
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                check_inside(self.path)
+            check_inside(self.path)
             if config.max_steps:
                 self._drop_after(step, seen)
             self.file = open(self.path, "ab", buffering=0)

@@ -30,9 +30,10 @@ def check_inside(path: Path) -> None:
     no regular file. The hub's cache, whose snapshots are links to blobs/ beside them, counts as one folder.
     """
     folder = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{path} is a link to another folder, {path.resolve()}: put the file itself there")
-    if path.exists() and not path.is_file():
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"{path} is a link to another folder, {target}: put the file itself there")
+    if (path.is_symlink() or path.exists()) and not path.is_file():
         raise DataError(f"{path} is not a file: move it away")
 
 
@@ -295,7 +296,7 @@ def read_record(path: Path) -> dict:
         if not all(isinstance(value, kind) for value, kind in kinds):
             raise TypeError("a value is of the wrong kind")
         return values
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
 
 

@@ -489,7 +489,8 @@ def processes(device: str, deterministic: bool = False):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]
-    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]):
+    alone = values[2] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]) or not alone:
         raise UserError(f"{', '.join(names)} are {', '.join(values)}: use torchrun, or unset these variables")
     rank, local_rank, world_size = map(int, values)
     device = machine.pick_device(device, local_rank, world_size)
@@ -734,18 +735,18 @@ def main(config: TrainConfig) -> float:
     diverged: five steps in a row without a finite loss and gradient.
     """
     config = dataclasses.replace(config)  # choices made below are written into this copy
-    with (processes(config.device, config.deterministic) as (rank, world_size, device),
-          runlog.stop_signal(obey=config.max_steps > 0) as stop):
-        with checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext():
-            try:
-                return train(config, rank, world_size, device, stop)
-            except (RuntimeError, MemoryError) as error:
-                if machine.is_out_of_memory(error):
-                    raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
-                if machine.is_lost_connection(error):
-                    raise ConnectionError("the connection to another rank is lost, see what that one says; the same "
-                                          f"command goes on from the last checkpoint ({error})") from error
-                raise
+    try:
+        with (processes(config.device, config.deterministic) as (rank, world_size, device),
+              runlog.stop_signal(obey=config.max_steps > 0) as stop,
+              checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext()):
+            return train(config, rank, world_size, device, stop)
+    except (RuntimeError, MemoryError) as error:
+        if machine.is_out_of_memory(error):
+            raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
+        if machine.is_lost_connection(error):
+            raise ConnectionError("the connection to another rank is lost, see what that one says; the same command "
+                                  f"goes on from the last checkpoint ({error})") from error
+        raise
 
 
 def train(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: threading.Event) -> float:
@@ -845,7 +846,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
             log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite)
     except Stopped:  # between micro-steps, or within an evaluation, which is then done again when the run is resumed
         stopping = True
-        save(step, val_loss, last=True, evaluated=step <= seen)
+        save(step, val_loss, last=True, evaluated=step <= seen, prune=finite)
     log0.end(step, val_loss, stopping)
     return val_loss
 

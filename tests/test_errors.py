@@ -153,7 +153,7 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path):
     assert "No module named 'tiktoken': run pip install -r requirements.txt" in line
 
 
-@pytest.mark.parametrize("rank, world_size", [("x", "2"), ("1", "1"), ("-1", "2"), ("0", "")])
+@pytest.mark.parametrize("rank, world_size", [("x", "2"), ("1", "1"), ("-1", "2"), ("0", ""), ("0", "2")])
 def test_ranks_that_torchrun_did_not_set(rank, world_size, shard_folder, tmp_path):
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), RANK=rank, WORLD_SIZE=world_size)
     assert result.returncode == 2 and "use torchrun, or unset these variables" in result.stderr

@@ -1,11 +1,22 @@
 """The small part of tests/faults/run.py: each fault is a real one, and each promise is kept."""
+import sys
+
 import pytest
+from faults.common import end_all
 from faults.run import PARTS
 
 SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
 
 
-@pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(sys.platform != "linux", reason="they need Linux's prlimit, /proc")]
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process():
+    yield
+    end_all()
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_promise_is_kept(name):
     rows = SMALL[name]()

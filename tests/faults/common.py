@@ -21,6 +21,9 @@ DUE = {"max_steps": STEPS, "val_every": 5, "sample_every": 8, "checkpoint_every"
        "hellaswag_limit": 6, "hellaswag_data": ROOT / "tests" / "hellaswag_examples.jsonl"}
 
 
+started = []  # all processes of start()
+
+
 class Row(NamedTuple):
     """A line of FAULTS.md."""
     fault: str
@@ -47,7 +50,14 @@ def start(arguments, ranks: int = 1, fault: str = "", options=(), **environment)
                                env={**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), **environment},
                                start_new_session=True)
     process.output = output
+    started.append(process)
     return process
+
+
+def end_all() -> None:
+    """SIGKILL what start() has started and what is still there, after a test that failed."""
+    while started:
+        kill_all(started.pop())
 
 
 def said(process: subprocess.Popen) -> str:
@@ -68,6 +78,14 @@ def finish(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> st
     """Wait for the end of a process, which must be with this exit code -> what it printed."""
     assert process.wait(seconds) == code, f"exit code {process.returncode}: {said(process)[-3000:]}"
     return said(process)
+
+
+def left_by(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder, orphans too."""
+    import psutil
+
+    found = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [" ".join(words) for words in found if any(str(folder) in word for word in words)]
 
 
 def family(process: subprocess.Popen) -> list:

@@ -1,6 +1,5 @@
 """Flipped bits, truncations and foreign files: named, with the checkpoint before it used instead, or harmless."""
 import hashlib
-import os
 import random
 import shutil
 import tempfile
@@ -119,7 +118,6 @@ def by_command() -> list[Row]:
             process = start(arguments)
             assert "model_000006.pt is not a whole checkpoint" in finish(process)
             assert "resumed after step 4" in said(process)
-            assert content(checkpoint.load(path)["model"])
     return [Row("the newest checkpoint cut, emptied, flipped; the real command", 3,
                 "named, resumed from the one before")]
 
@@ -193,8 +191,8 @@ def exports(flips: int = 200, seed: int = 1) -> list[Row]:
         result = run([Path(home) / "run", folder], script=ROOT / "export_hf.py")
         assert result.returncode == 0, result.stderr
         good = content(train_gpt2.load_model(folder).state_dict())
-        names = ["model.safetensors", "config.json", "SHA256SUMS", "tokenizer.json"]
-        whole = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+        names = ["model.safetensors", "config.json", "SHA256SUMS", "vocab.json"]
+        whole = {name: (folder / name).read_bytes() for name in names}
         for i in range(flips):
             name = list(whole)[i % len(whole)]
             data = bytearray(whole[name])
@@ -225,5 +223,4 @@ def exports(flips: int = 200, seed: int = 1) -> list[Row]:
 
 def corrupt(flips: int = 200, cuts: int = 50) -> list[Row]:
     """All of it."""
-    assert os.sep == "/"
     return [*checkpoints(flips, cuts), *by_command(), *token_shards(flips), *exports(flips)]

@@ -11,6 +11,7 @@ writes what each rank is given to train on into the file that TOKENS names. When
 torchrun has started again after a failure is left alone. Each rank writes the hash of its weights and moments after
 every step into the file that WEIGHTS names, if it does.
 """
+import atexit
 import hashlib
 import json
 import math
@@ -231,6 +232,9 @@ PLACES = {
 }
 
 PLACES[where]()
+atexit.register(lambda: print(f"passes of {where}: {passes}", flush=True))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "WEIGHTS" in os.environ:
     record_weights()
 if __name__ == "__main__":

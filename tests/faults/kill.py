@@ -48,7 +48,8 @@ def kill_once(arguments, ranks: int, chance: random.Random, seconds: float) -> s
         place = chance.choice(list(PASSES))
         process = start(arguments, ranks, f"kill:{place}:{chance.randint(1, max(1, PASSES[place] // 3))}")
         process.wait(180)
-        return place if process.returncode == (-9 if ranks == 1 else 1) else ended(process)
+        killed = process.returncode == -9 if ranks == 1 else "exitcode  : -9" in said(process)
+        return place if killed else ended(process)
     process = start(arguments, ranks)
     if how == "training":
         wait_for(process, "step ")

@@ -11,7 +11,7 @@ from conftest import read_log
 
 import runlog
 from faults.common import (
-    STEPS, Row, digest, family, finish, kill_all, run_flags, said, start, wait_for, whole_digest,
+    STEPS, Row, digest, finish, kill_all, left_by, run_flags, said, start, wait_for, whole_digest,
 )
 
 
@@ -35,8 +35,8 @@ def a_killed_worker(times: int = 1) -> list[Row]:
 def a_raising_rank(places=("step", "validation", "hellaswag")) -> list[Row]:
     """A rank that raises: the other leaves too, and torchrun's last words hold what was raised."""
     slowest = 0.0
-    for i, place in enumerate(places):
-        rank = 1 - i % 2
+    for place in places:
+        rank = int(place == "step")
         with tempfile.TemporaryDirectory() as home:
             process = start(run_flags(Path(home) / "run"), 2, f"raise:{place}:{1 + (place == 'step')}:rank{rank}")
             wait_for(process, "the injected fault")
@@ -46,7 +46,7 @@ def a_raising_rank(places=("step", "validation", "hellaswag")) -> list[Row]:
             assert slowest < 30, f"{slowest:.0f} s until the other rank had left"
             last_words = said(process).rpartition("ChildFailedError")[2]
             assert "RuntimeError: the injected fault" in last_words, last_words
-            assert not family(process)[1:]
+            assert not left_by(Path(home))
     return [Row(f"a rank that raises, in {', '.join(places)}; 2 ranks", len(places),
                 f"all left within {slowest:.1f} s; torchrun's report has the message")]
 

@@ -2,7 +2,7 @@
 
     python tests/faults/run.py --full     # the record: writes tests/FAULTS.md, about 40 minutes on two cores
     python tests/faults/run.py            # the small part that pytest runs too, to the screen
-    python tests/faults/run.py --only disk --full
+    python tests/faults/run.py --full --only disk,soak       # these parts of the record anew
 
 A promise that is broken stands in the table as BROKEN, and the exit code is 1.
 """
@@ -17,18 +17,19 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
 import torch
-from faults.common import Row
+from faults.common import Row, end_all
 from faults.corrupt import corrupt
 from faults.disk import disk
 from faults.fuzz import fuzz
 from faults.kill import KillConfig, kills
 from faults.not_finite import not_finite
 from faults.ranks import a_killed_worker, a_raising_rank, another_world, two_agents
-from faults.signals import a_second_signal, signals, the_demo
+from faults.signals import a_second_signal, one_rank_alone, signals, the_demo
 from faults.soak import soak
 from faults.two_runs import two_runs
 from faults.untrusted import untrusted
 
+import machine
 import runlog
 
 RECORD = Path(__file__).parent.parent / "FAULTS.md"
@@ -43,6 +44,7 @@ PARTS = {
     "signals": ("Signals", {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
         "2_ranks": lambda: signals(2, ("TERM",), ("step", "validation")),
+        "1_of_2_ranks": lambda: one_rank_alone(),
         "twice": lambda: a_second_signal(("validation",)),
     }, lambda: [*signals(), *signals(2), *a_second_signal(), *the_demo()]),
     "ranks": ("Ranks and torchrun", {
@@ -64,8 +66,8 @@ PARTS = {
 class FaultsConfig:
     """What to try."""
 
-    full: bool = False  # the whole record, written to tests/FAULTS.md (with --only to the screen)
-    only: str = ""  # one part: kill, signals, ranks, world, disk, corrupt, numbers, fuzz, untrusted, two_runs or soak
+    full: bool = False  # the record: its parts in tests/FAULTS.md are written anew
+    only: str = ""  # parts, such as disk,soak (empty: all)
 
 
 def try_part(name: str, full: bool) -> tuple[list[Row], float]:
@@ -77,32 +79,47 @@ def try_part(name: str, full: bool) -> tuple[list[Row], float]:
             rows += action()
         except Exception as error:
             traceback.print_exc()
-            rows.append(Row(f"{name}", 0, f"BROKEN: {runlog.explain(error)}"))
+            rows.append(Row(name, 0, f"BROKEN: {runlog.explain(error)}"))
+        finally:
+            end_all()
     return rows, time.monotonic() - started
+
+
+def section(name: str, rows: list[Row], seconds: float) -> str:
+    """A part as FAULTS.md has it."""
+    table = [f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows]
+    commit = machine.versions()["commit"][:7]
+    return "\n".join([f"## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|", *table,
+                      f"\n{runlog.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}"])
+
+
+def write_record(sections: dict[str, str]) -> None:
+    """Put these sections into FAULTS.md, where those of the other parts stay."""
+    old = RECORD.read_text(encoding="utf-8").split("\n## ")[1:] if RECORD.exists() else []
+    known = {text.partition("\n")[0]: f"## {text.rstrip()}" for text in old}
+    known |= {PARTS[name][0]: text for name, text in sections.items()}
+    head = ("# What was tried to break it, and what happened\n\n`python tests/faults/run.py --full` writes this, on "
+            f"{os.cpu_count()} cores of {cpu()}, Python {platform.python_version()}, torch {torch.__version__}. Every "
+            "fault is a real one:\nprocesses are killed, file systems are full, bits are flipped. A small part of it "
+            "runs with `pytest`.")
+    parts = [known[title] for title, _, _ in PARTS.values() if title in known]
+    RECORD.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
     config = FaultsConfig(**runlog.parse_flags(FaultsConfig, argv, "Try the promises of DESIGN under faults."))
-    if config.only and config.only not in PARTS:
-        raise runlog.UserError(f"--only is {config.only!r}, it must be one of {', '.join(PARTS)}")
-    started, lines, broken = time.monotonic(), [], 0
-    for name in [config.only] if config.only else PARTS:
+    names = config.only.split(",") if config.only else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        raise runlog.UserError(f"no part {unknown[0]!r}: --only takes {', '.join(PARTS)}, with commas between them")
+    broken = 0
+    for name in names:
         rows, seconds = try_part(name, config.full)
         broken += sum(row.outcome.startswith("BROKEN") for row in rows)
-        lines += [f"\n## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|",
-                  *(f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows),
-                  f"\n{runlog.clock(seconds)} (`python tests/faults/run.py --full --only {name}`)"]
-        print("\n".join(lines[-3 - len(rows):]), flush=True)
-    minutes = (time.monotonic() - started) / 60
-    head = ["# What was tried to break it, and what happened\n",
-            f"`python tests/faults/run.py --full`, {minutes:.0f} minutes on {os.cpu_count()} cores of {cpu()}, Python "
-            f"{platform.python_version()}, torch {torch.__version__}. Every fault is a real one: processes are killed, "
-            "file systems are full, bits are flipped. A small part of it runs with `pytest`.",
-            f"\n{'Every promise was kept.' if not broken else f'{broken} promises were BROKEN.'}"]
-    if config.full and not config.only:
-        RECORD.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
-        print(f"written to {RECORD}")
+        text = section(name, rows, seconds)
+        print(f"\n{text}", flush=True)
+        if config.full:
+            write_record({name: text})
     sys.exit(1 if broken else 0)
 
 

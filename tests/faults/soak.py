@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from conftest import flags, write_shards
-from faults.common import DUE, Row, family, finish, said, start
+from faults.common import DUE, Row, finish, left_by, said, start
 
 
 WINDOW = 200  # steps over which what is seen is put together
@@ -42,7 +42,7 @@ def soak(steps: int = 3000, settled: int = 300) -> list[Row]:
         assert disk_after <= disk + 4096, f"the folder grew from {disk:,} to {disk_after:,} bytes"
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         per_step = (folder / "log.jsonl").stat().st_size / steps
-        assert sum(line["kind"] == "train" for line in lines) == steps and len(family(process)) <= 1
+        assert sum(line["kind"] == "train" for line in lines) == steps and not left_by(folder)
         assert "warning" not in said(process)
     return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
                 f"from steps {settled} to {settled + WINDOW} to the last {WINDOW}: resident memory {memory:.0f} -> "

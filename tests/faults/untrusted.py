@@ -14,6 +14,8 @@ from conftest import ROOT, flags, run, write_shards
 from faults.common import Row
 from faults.corrupt import SHAPE, write_run
 
+import checkpoint
+
 
 class Payload:
     """What runs when it is unpickled: here it leaves a mark, which no test may find."""
@@ -48,6 +50,7 @@ def payloads() -> list[Row]:
         for write in (lambda: torch.save({"model": Payload(mark)}, path),
                       lambda: path.write_bytes(pickle.dumps(Payload(mark))), lambda: plant(path, mark)):
             write()
+            assert "directory is damaged" not in why_not(path)
             refused("train_gpt2.py", flags(data=data, out_dir=run_folder), "is not a whole checkpoint", mark)
             refused("generate.py", ["--model", path, "--device", "cpu"], "is not a whole checkpoint", mark)
         np.save(data / "edufineweb_train_000001.npy", np.array([Payload(mark)]), allow_pickle=True)
@@ -73,6 +76,15 @@ def payloads() -> list[Row]:
                 "(two), the tokenizer's package", 11, "refused in one line, nothing ran")]
 
 
+def why_not(path: Path) -> str:
+    """What the reader of checkpoints says of a file."""
+    try:
+        checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    raise AssertionError("it was loaded")
+
+
 def plant(path: Path, mark: Path) -> None:
     """A checkpoint that is whole but for its data.pkl, which is the payload, with the right checksums."""
     write_run(path.parent / "good")
@@ -80,6 +92,8 @@ def plant(path: Path, mark: Path) -> None:
         for entry in good.infolist():
             payload = entry.filename.endswith("data.pkl")
             bad.writestr(entry.filename, pickle.dumps(Payload(mark)) if payload else good.read(entry))
+        for entry in bad.filelist:
+            entry.external_attr = 0  # as torch.save leaves it: only the unpickler is left to refuse it
     shutil.rmtree(path.parent / "good")
 
 
@@ -119,24 +133,26 @@ def links() -> list[Row]:
         victim, out = secret / "victim", base / "planted"  # what training writes must not follow planted links
         victim.write_text("precious")
         out.mkdir()
-        for name in ("model_000002.pt.tmp", "model_000002.pt", "log.jsonl.tmp", "loss.png.tmp", "loss.png", "report.md",
-                     "report.md.tmp"):
+        for name in ("model_000002.pt.tmp", "log.jsonl.tmp", "loss.png.tmp", "loss.png", "report.md", "report.md.tmp"):
             (out / name).symlink_to(victim)
-        (out / "model_000002.pt").unlink()
         result = run(flags(data=data, out_dir=out))
         assert result.returncode == 0, result.stderr
         assert victim.read_text() == "precious" and not [path for path in out.iterdir() if path.is_symlink()]
         for name, changes in (("log.jsonl", {}), ("eval.jsonl", {"max_steps": 0})):
             (base / name).mkdir()
-            (base / name / name).symlink_to(victim)
+            (base / name / name).symlink_to(victim if name == "log.jsonl" else secret / "not there yet")
             refused("train_gpt2.py", flags(data=data, out_dir=base / name, **changes), "is a link to another", none)
+        assert not (secret / "not there yet").exists()
+        (base / "loop").mkdir()
+        (base / "loop" / "model_000004.pt").symlink_to("model_000004.pt")
+        refused("generate.py", ["--model", base / "loop", "--device", "cpu"], "is not a file", none)
         (base / "lock").mkdir()
         (base / "lock" / ".lock").symlink_to(victim)
         refused("train_gpt2.py", flags(data=data, out_dir=base / "lock"), "cannot write to", none)
         assert victim.read_text() == "precious"
     return [Row("links out of the folder: shard, checkpoints, exported weights and configuration, log, lock; a pipe as "
-                "a shard", 9, "refused by name"),
-            Row("links in place of what training writes", 7, "replaced, what they lead to is untouched")]
+                "a shard, a link to itself as a checkpoint", 10, "refused by name"),
+            Row("links in place of what training writes", 6, "replaced, what they lead to is untouched")]
 
 
 def sizes() -> list[Row]:
@@ -157,15 +173,14 @@ def sizes() -> list[Row]:
         refused("train_gpt2.py", flags(data=data, out_dir=base / "out"), "x_train.bin cannot be used", none)
         llmc.unlink()
 
-        path, state = write_run(base / "run"), None
-        state = torch.load(path)
-        huge = torch.zeros(1).expand(10**9, 10**6)  # four bytes on the disk
-        for name, changes in (("n_layer", 10**9), ("vocab_size", 10**9), ("n_embd", 10**6)):
-            weights = {**state["model"], "transformer.wte.weight": huge, "lm_head.weight": huge}
-            shape = {**SHAPE, "vocab_size": 10**9, "n_embd": 10**6, name: changes}
-            torch.save({**state, "model": weights, "model_config": shape}, path)
-            (base / "run" / "model_000002.pt").unlink(missing_ok=True)
-            refused("generate.py", ["--model", path, "--device", "cpu"], str(path), none)
+        path = write_run(base / "run")
+        state, huge = torch.load(path), torch.zeros(1).expand(10**11, 16)  # four bytes on the disk
+        for shape, weights, words in (
+                ({"n_layer": 10**9}, {}, "1000000000 layers have"), ({"n_embd": 10**9}, {}, "is not of shape"),
+                ({"vocab_size": 10**11}, {"transformer.wte.weight": huge, "lm_head.weight": huge}, "machine's memory"),
+                ({"block_size": 10**11}, {"transformer.wpe.weight": huge}, "machine's memory")):
+            torch.save({**state, "model": {**state["model"], **weights}, "model_config": {**SHAPE, **shape}}, path)
+            refused("generate.py", ["--model", path, "--device", "cpu"], words, none)
         (base / "folder").mkdir()
         config = {"vocab_size": 10**12, "n_layer": 10**9, "n_head": 1, "n_embd": 10**6, "n_positions": 10**12}
         (base / "folder" / "config.json").write_text(json.dumps(config))
@@ -173,8 +188,8 @@ def sizes() -> list[Row]:
         refused("generate.py", ["--model", base / "folder", "--device", "cpu"], "holds no GPT-2", none)
         refused("train_gpt2.py", flags(data=data, out_dir=base / "out", n_layer=10**9), "than this machine's memory",
                 none)
-    return [Row("absurd sizes: in shard headers (four), a checkpoint's shapes (three, whose tensors have four bytes on "
-                "disk), an exported folder, a flag", 9, "refused in one line, before any memory was asked for")]
+    return [Row("absurd sizes: in shard headers (four), a checkpoint's shapes (four, with tensors of four bytes on "
+                "disk), an exported folder, a flag", 10, "refused in one line, before any memory was asked for")]
 
 
 def untrusted() -> list[Row]:
