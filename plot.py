@@ -123,8 +123,7 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
     temporary = out.with_name(out.name + ".tmp")
     temporary.unlink(missing_ok=True)  # it may be a link that leads elsewhere
     try:
-        with open(temporary, "xb") as file:
-            file.write(picture.getvalue())
+        temporary.write_bytes(picture.getvalue())
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
