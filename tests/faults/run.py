@@ -58,7 +58,7 @@ PARTS = {
     "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6)}, lambda: fuzz(2000, 50)),
     "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
     "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
-    "soak": ("Soak", {"900_steps": lambda: soak(900, 400)}, lambda: soak()),
+    "soak": ("Soak", {"900_steps": lambda: soak(900, 400, share=0.1)}, lambda: soak()),
 }
 
 

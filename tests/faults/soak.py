@@ -1,6 +1,5 @@
 """A long run with everything that happens in one: memory, open files, threads and disk stay what they were."""
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -8,11 +7,10 @@ from conftest import flags, write_shards
 from faults.common import DUE, Row, finish, left_by, said, start
 
 
-WINDOW = 200  # steps over which what is seen is put together
-
-
-def soak(steps: int = 3000, settled: int = 300) -> list[Row]:
-    """Watch the run's process from outside at every checkpoint; growth counts after the first `settled` steps."""
+def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row]:
+    """Watch the run's process from outside at every checkpoint: the most it has in the last third of the steps after the
+    first `settled`, beside the first third. Memory may differ by `share`: the allocator's own noise is that large.
+    """
     import psutil
 
     with tempfile.TemporaryDirectory() as home:
@@ -31,13 +29,14 @@ def soak(steps: int = 3000, settled: int = 300) -> list[Row]:
             except (psutil.Error, FileNotFoundError):  # it has just ended, or deleted a checkpoint
                 continue
         finish(process)
-        early = [each for each in seen if settled <= each[0] <= settled + WINDOW]
-        late = [each for each in seen if each[0] > steps - WINDOW]
+        third = (steps - settled) // 3
+        early = [each for each in seen if settled <= each[0] <= settled + third]
+        late = [each for each in seen if each[0] > steps - third]
         assert len(early) > 3 and len(late) > 3, f"seen at {[each[0] for each in seen]}"
-        memory, memory_after = (statistics.median(each[1] / 2**20 for each in part) for part in (early, late))
-        (files, threads, disk), (files_after, threads_after, disk_after) = (
-            [max(each[i] for each in part) for i in (2, 3, 4)] for part in (early, late))
-        assert memory_after <= 1.05 * memory, f"memory grew from {memory:.0f} to {memory_after:.0f} MiB"
+        (memory, files, threads, disk), (memory_after, files_after, threads_after, disk_after) = (
+            [max(each[i] for each in part) for i in (1, 2, 3, 4)] for part in (early, late))
+        memory, memory_after = memory / 2**20, memory_after / 2**20
+        assert memory_after <= (1 + share) * memory, f"memory grew from {memory:.0f} to {memory_after:.0f} MiB"
         assert files_after <= files + 1 and threads_after <= threads, f"{files_after} files, {threads_after} threads"
         assert disk_after <= disk + 4096, f"the folder grew from {disk:,} to {disk_after:,} bytes"
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -45,7 +44,7 @@ def soak(steps: int = 3000, settled: int = 300) -> list[Row]:
         assert sum(line["kind"] == "train" for line in lines) == steps and not left_by(folder)
         assert "warning" not in said(process)
     return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
-                f"from steps {settled} to {settled + WINDOW} to the last {WINDOW}: resident memory {memory:.0f} -> "
-                f"{memory_after:.0f} MiB (medians), open files {files} -> {files_after}, threads {threads} -> "
+                f"the most from step {settled} to {settled + third:,} -> in the last {third}: resident memory "
+                f"{memory:.0f} -> {memory_after:.0f} MiB, open files {files} -> {files_after}, threads {threads} -> "
                 f"{threads_after}, disk beside log.jsonl and its picture {disk / 2**20:.1f} -> "
                 f"{disk_after / 2**20:.1f} MiB; log.jsonl grows by {per_step:.0f} bytes a step")]
