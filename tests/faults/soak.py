@@ -8,8 +8,8 @@ from faults.common import DUE, Row, finish, left_by, said, start
 
 
 def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row]:
-    """Watch the run's process from outside at every checkpoint: the most it has in the last third of the steps after the
-    first `settled`, beside the first third. Memory may differ by `share`: the allocator's own noise is that large.
+    """Watch the run's process from outside at every checkpoint: the most it has in the last third of the steps after
+    the first `settled`, beside the first third. Memory may differ by `share`: the allocator's own noise is that large.
     """
     import psutil
 
