@@ -592,3 +592,12 @@ def test_missing_packages_are_named_with_their_remedy(shard_folder, tmp_path):
     assert "no HellaSwag: import of requests halted; None in sys.modules: run pip install" in result.stdout
 
 
+
+
+def test_a_result_that_cannot_be_printed_is_an_error(tmp_path):
+    random_gpt2(tmp_path, n_layer=1, n_head=2, n_embd=16, n_positions=64)
+    arguments = ["--model", tmp_path, "--data", OURS, "--limit", "2", "--device", "cpu"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command(arguments, script=ROOT / "hellaswag.py"), stdout=full, stderr=subprocess.PIPE,
+                                text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
