@@ -27,11 +27,12 @@ class DataError(OSError):
 
 def check_inside(path: Path) -> None:
     """DataError where `path` is a link out of its folder, since a folder from elsewhere must not lead anywhere, or is
-    no regular file. The hub's cache, whose snapshots are links to blobs/ beside them, counts as one folder.
+    no regular file. The hub's cache may: its snapshots/COMMIT/ are links to blobs/.
     """
-    folder = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
-    target = Path(os.path.realpath(path))
-    if not target.is_relative_to(os.path.realpath(folder)):
+    folders, target = [path.parent], Path(os.path.realpath(path))
+    if path.parent.parent.name == "snapshots":
+        folders.append(path.parent.parent.with_name("blobs"))
+    if not any(target.is_relative_to(os.path.realpath(folder)) for folder in folders):
         raise DataError(f"{path} is a link to another folder, {target}: put the file itself there")
     if (path.is_symlink() or path.exists()) and not path.is_file():
         raise DataError(f"{path} is not a file: move it away")

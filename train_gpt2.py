@@ -489,8 +489,8 @@ def processes(device: str, deterministic: bool = False):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]
-    alone = values[2] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]) or not alone:
+    can_meet = values[2] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]) or not can_meet:
         raise UserError(f"{', '.join(names)} are {', '.join(values)}: use torchrun, or unset these variables")
     rank, local_rank, world_size = map(int, values)
     device = machine.pick_device(device, local_rank, world_size)

@@ -2,9 +2,7 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +17,6 @@ INJECT = Path(__file__).with_name("inject.py")
 STEPS = 24  # of the run that is broken: more than an epoch, with all that can be due in between
 DUE = {"max_steps": STEPS, "val_every": 5, "sample_every": 8, "checkpoint_every": 3, "hellaswag_every": 9,
        "hellaswag_limit": 6, "hellaswag_data": ROOT / "tests" / "hellaswag_examples.jsonl"}
-
-
 started = []  # all processes of start()
 
 
@@ -89,9 +85,11 @@ def left_by(folder: Path) -> list[str]:
 
 
 def family(process: subprocess.Popen) -> list:
-    """A process and all that it has started, by psutil."""
+    """A process and all that it has started, by psutil; none where it has ended, as its number may be another's now."""
     import psutil
 
+    if process.poll() is not None:
+        return []
     try:
         parent = psutil.Process(process.pid)
         return [parent, *parent.children(recursive=True)]
@@ -158,12 +156,3 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, each of them loaded."""
     return [checkpoint.load(path)["step"] for path in checkpoint.listing(folder)]
 
-
-def signal_name(number: int) -> str:
-    """SIGTERM for 15, and so on."""
-    return signal.Signals(number).name
-
-
-def main_path() -> None:
-    """Let a script in this folder import what tests import."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -33,7 +33,7 @@ import machine
 import runlog
 
 RECORD = Path(__file__).parent.parent / "FAULTS.md"
-# part -> (what it is called, what pytest runs of it, what the record has beyond that)
+# part -> (what it is called, what pytest runs of it, what the record has)
 PARTS = {
     "kill": ("SIGKILL anywhere", {
         "1_rank": lambda: [kills(KillConfig(kills=5))],

@@ -1,6 +1,7 @@
 """A long run with everything that happens in one: memory, open files, threads and disk stay what they were."""
 import json
 import tempfile
+import time
 from pathlib import Path
 
 from conftest import flags, write_shards
@@ -20,6 +21,7 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings))
         watched = psutil.Process(process.pid)
         while process.poll() is None:
+            time.sleep(0.02)
             try:
                 step = max((int(path.stem[6:]) for path in folder.glob("model_*.pt")), default=0)
                 if step > (seen[-1][0] if seen else 0):
@@ -33,8 +35,9 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         early = [each for each in seen if settled <= each[0] <= settled + third]
         late = [each for each in seen if each[0] > steps - third]
         assert len(early) > 3 and len(late) > 3, f"seen at {[each[0] for each in seen]}"
-        (memory, files, threads, disk), (memory_after, files_after, threads_after, disk_after) = (
-            [max(each[i] for each in part) for i in (1, 2, 3, 4)] for part in (early, late))
+        (memory, files, threads), (memory_after, files_after, threads_after) = (
+            [max(each[i] for each in part) for i in (1, 2, 3)] for part in (early, late))
+        disk, disk_after = (min(each[4] for each in part) for part in (early, late))  # not while one is being replaced
         memory, memory_after = memory / 2**20, memory_after / 2**20
         assert memory_after <= (1 + share) * memory, f"memory grew from {memory:.0f} to {memory_after:.0f} MiB"
         assert files_after <= files + 1 and threads_after <= threads, f"{files_after} files, {threads_after} threads"
@@ -46,5 +49,5 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
     return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
                 f"the most from step {settled} to {settled + third:,} -> in the last {third}: resident memory "
                 f"{memory:.0f} -> {memory_after:.0f} MiB, open files {files} -> {files_after}, threads {threads} -> "
-                f"{threads_after}, disk beside log.jsonl and its picture {disk / 2**20:.1f} -> "
+                f"{threads_after}, the least disk beside log.jsonl and its picture {disk / 2**20:.1f} -> "
                 f"{disk_after / 2**20:.1f} MiB; log.jsonl grows by {per_step:.0f} bytes a step")]

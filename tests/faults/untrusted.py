@@ -143,6 +143,10 @@ def links() -> list[Row]:
             (base / name / name).symlink_to(victim if name == "log.jsonl" else secret / "not there yet")
             refused("train_gpt2.py", flags(data=data, out_dir=base / name, **changes), "is a link to another", none)
         assert not (secret / "not there yet").exists()
+        fake = base / "snapshots" / "run"  # the hub's layout excuses links to its blobs, and no others
+        fake.mkdir(parents=True)
+        (fake / "model_000004.pt").symlink_to(secret / "model_000004.pt")
+        refused("generate.py", ["--model", fake, "--device", "cpu"], "is a link to another folder", none)
         (base / "loop").mkdir()
         (base / "loop" / "model_000004.pt").symlink_to("model_000004.pt")
         refused("generate.py", ["--model", base / "loop", "--device", "cpu"], "is not a file", none)
@@ -151,7 +155,7 @@ def links() -> list[Row]:
         refused("train_gpt2.py", flags(data=data, out_dir=base / "lock"), "cannot write to", none)
         assert victim.read_text() == "precious"
     return [Row("links out of the folder: shard, checkpoints, exported weights and configuration, log, lock; a pipe as "
-                "a shard, a link to itself as a checkpoint", 10, "refused by name"),
+                "a shard, a link to itself as a checkpoint", 11, "refused by name"),
             Row("links in place of what training writes", 6, "replaced, what they lead to is untouched")]
 
 
