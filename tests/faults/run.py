@@ -58,7 +58,7 @@ PARTS = {
     "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6)}, lambda: fuzz(2000, 50)),
     "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
     "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
-    "soak": ("Soak", {"900_steps": lambda: soak(900, 400, share=0.1)}, lambda: soak()),
+    "soak": ("Soak", {"600_steps": lambda: soak(600, share=0.1)}, lambda: soak()),
 }
 
 
@@ -90,7 +90,8 @@ def section(name: str, rows: list[Row], seconds: float) -> str:
     table = [f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows]
     commit = machine.versions()["commit"][:7]
     return "\n".join([f"## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|", *table,
-                      f"\n{runlog.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}"])
+                      f"\n{runlog.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}, "
+                      f"{os.cpu_count()} cores of {cpu()}"])
 
 
 def write_record(sections: dict[str, str]) -> None:
@@ -98,10 +99,9 @@ def write_record(sections: dict[str, str]) -> None:
     old = RECORD.read_text(encoding="utf-8").split("\n## ")[1:] if RECORD.exists() else []
     known = {text.partition("\n")[0]: f"## {text.rstrip()}" for text in old}
     known |= {PARTS[name][0]: text for name, text in sections.items()}
-    head = ("# What was tried to break it, and what happened\n\n`python tests/faults/run.py --full` writes this, on "
-            f"{os.cpu_count()} cores of {cpu()}, Python {platform.python_version()}, torch {torch.__version__}. Every "
-            "fault is a real one:\nprocesses are killed, file systems are full, bits are flipped. A small part of it "
-            "runs with `pytest`.")
+    head = ("# What was tried to break it, and what happened\n\n`python tests/faults/run.py --full` writes this; "
+            f"Python {platform.python_version()}, torch {torch.__version__}. Every fault is a real one:\nprocesses are "
+            "killed, file systems are full, bits are flipped. A small part of it runs with `pytest`.")
     parts = [known[title] for title, _, _ in PARTS.values() if title in known]
     RECORD.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
 

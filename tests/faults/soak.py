@@ -8,9 +8,14 @@ from conftest import flags, write_shards
 from faults.common import DUE, Row, finish, left_by, said, start
 
 
+# glibc gives freed memory back at once and keeps the rest in one place: what is resident is what is in use
+PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
 def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row]:
-    """Watch the run's process from outside at every checkpoint: the most it has in the last third of the steps after
-    the first `settled`, beside the first third. Memory may differ by `share`: the allocator's own noise is that large.
+    """Watch the run's process from outside at every checkpoint: what it has in the last third of the steps after the
+    first `settled`, beside the first third; the most of files and threads, and the least of disk and memory, which are
+    more while a step or a checkpoint is under way. Memory may differ by `share`.
     """
     import psutil
 
@@ -18,7 +23,7 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         folder, seen = Path(home) / "run", []
         settings = {**DUE, "max_steps": steps, "val_every": 50, "sample_every": 50, "checkpoint_every": 25,
                     "hellaswag_every": 100, "n_layer": 1}
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings))
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), **PLAIN_MALLOC)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(0.02)
@@ -35,9 +40,10 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         early = [each for each in seen if settled <= each[0] <= settled + third]
         late = [each for each in seen if each[0] > steps - third]
         assert len(early) > 3 and len(late) > 3, f"seen at {[each[0] for each in seen]}"
-        (memory, files, threads), (memory_after, files_after, threads_after) = (
-            [max(each[i] for each in part) for i in (1, 2, 3)] for part in (early, late))
-        disk, disk_after = (min(each[4] for each in part) for part in (early, late))  # not while one is being replaced
+        (files, threads), (files_after, threads_after) = (
+            [max(each[i] for each in part) for i in (2, 3)] for part in (early, late))
+        (memory, disk), (memory_after, disk_after) = (
+            [min(each[i] for each in part) for i in (1, 4)] for part in (early, late))
         memory, memory_after = memory / 2**20, memory_after / 2**20
         assert memory_after <= (1 + share) * memory, f"memory grew from {memory:.0f} to {memory_after:.0f} MiB"
         assert files_after <= files + 1 and threads_after <= threads, f"{files_after} files, {threads_after} threads"
@@ -47,7 +53,8 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         assert sum(line["kind"] == "train" for line in lines) == steps and not left_by(folder)
         assert "warning" not in said(process)
     return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
-                f"the most from step {settled} to {settled + third:,} -> in the last {third}: resident memory "
-                f"{memory:.0f} -> {memory_after:.0f} MiB, open files {files} -> {files_after}, threads {threads} -> "
-                f"{threads_after}, the least disk beside log.jsonl and its picture {disk / 2**20:.1f} -> "
-                f"{disk_after / 2**20:.1f} MiB; log.jsonl grows by {per_step:.0f} bytes a step")]
+                f"from step {settled} to {settled + third:,} -> in the last {third}: the least "
+                f"resident memory {memory:.0f} -> {memory_after:.0f} MiB, and disk beside log.jsonl and its picture "
+                f"{disk / 2**20:.1f} -> {disk_after / 2**20:.1f} MiB, the most open files {files} -> "
+                f"{files_after} and threads {threads} -> {threads_after}; log.jsonl grows by "
+                f"{per_step:.0f} bytes a step")]
