@@ -6,7 +6,10 @@
     fresh_store(rank, world_size)                where ranks find each other
     min_over_ranks(value, device, world_size)    what all ranks can agree on
     peak_flops(device, dtype)                    the denominator of MFU
+    keep_freed_memory()                          no page faults for buffers of the last step
 """
+import contextlib
+import ctypes
 import datetime
 import os
 import re
@@ -128,6 +131,19 @@ def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
     """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
     per_window = max(1, peaks[1] - peaks[0])
     return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, for the next step, instead of giving it back to the system.
+
+    A logits tensor is hundreds of MB; asked for anew each step, it costs the zeroing of all its pages. Does nothing
+    with another C library, or where the user has set glibc's own MALLOC_ variables.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no buffer gets a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
 
 
 def memory_bytes() -> int:

@@ -1,9 +1,14 @@
 """The model against transformers' GPT-2, and against what the paper and the formulas say."""
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, generate, load_model
@@ -175,3 +180,39 @@ def test_compiled_model_has_the_loss_and_gradient_of_the_plain_one():
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_activation_checkpointing_saves_memory_and_changes_no_bit():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(32, 64, 4, 2, 32)), torch.randint(0, 64, (2, 32))
+    seen = []
+    for model.activation_checkpointing in (False, True):
+        saved = {}
+
+        def keep(t, saved=saved):
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(idx, idx)[1]
+        model.zero_grad()
+        loss.backward()
+        seen.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(saved.values())))
+    (loss, grads, memory), (again, grads_again, less) = seen
+    assert loss == again and all(map(torch.equal, grads, grads_again))
+    assert less < 0.5 * memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_freed_is_kept_for_the_next_step():
+    code = ("import resource, sys, torch, machine\n"
+            "if sys.argv[1] == 'keep': machine.keep_freed_memory()\n"
+            "for i in range(20):\n"
+            "    if i == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    torch.ones(2**24)\n"  # 64 MiB
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    keep, give = (int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT, text=True,
+                                              env={**environment, "THP_MEM_ALLOC_ENABLE": "1"}))
+                  for how in ("keep", "give"))
+    assert keep < 10 and give > 10 * 2**5 * 0.9  # 64 MiB are 32 huge pages, or 16,384 small ones

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
+from train_gpt2 import DEMO, FAST, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, parse_args
 
 CPU = torch.device("cpu")
 
@@ -96,3 +96,21 @@ def test_muon_continues_from_its_state_dict_bit_by_bit():
         steps(model, optimizer, 2)
     for p, q in zip(*(model.parameters() for model in models)):
         assert torch.equal(p, q)
+
+
+def test_linear_decay_equals_the_formula():
+    config = TrainConfig(max_steps=30, warmup_steps=10, max_lr=1.0, min_lr=0.2, decay="linear")
+    assert [get_lr(step, config) for step in (0, 9, 10, 15, 20, 30)] == pytest.approx([0.1, 1, 1, 0.8, 0.6, 0.2])
+
+
+def test_a_recipe_lies_under_the_flags_and_the_demo_has_its_own_numbers(tmp_path):
+    text, shards = tmp_path / "a.txt", tmp_path / "shards"  # a text brings the demo's settings, the folder does not
+    text.write_text("x")
+    words = ["--data", str(shards), "--recipe"]
+    paper, fast = parse_args([*words, "gpt2"]), parse_args([*words, "fast", "--min_lr", "1e-5"])
+    assert paper == TrainConfig(data=str(shards))
+    assert (fast.optimizer, fast.decay, fast.max_lr) == ("muon", "linear", FAST["max_lr"]) and fast.min_lr == 1e-5
+    demo = parse_args(["--data", str(text)])
+    assert demo == parse_args(["--data", str(text), "--recipe", "fast"]) and demo.max_lr == DEMO["max_lr"]
+    other = parse_args(["--data", str(text), "--recipe", "gpt2"])
+    assert (other.optimizer, other.max_lr, other.warmup_steps) == ("adamw", 6e-4, DEMO["warmup_steps"])
