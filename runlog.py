@@ -172,7 +172,8 @@ def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_
     """The plan card: all that is about to run, before it runs. `origin` says where the weights come from."""
     B, T, ranks, shape = train_loader.B, train_loader.T, train_loader.world_size, model.config
     parameters = model.count_parameters()
-    lr = f"{config.optimizer}, lr {config.max_lr:g} -> {config.min_lr:g} after {config.warmup_steps:,} steps of warm-up"
+    lr = (f"{config.optimizer}, lr {config.max_lr:g} -> {config.min_lr:g} ({config.decay}) after "
+          f"{config.warmup_steps:,} steps of warm-up")
     rows = {
         "device": device,
         "dtype": f"{config.dtype}: {why_dtype}",

@@ -35,7 +35,7 @@ from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, VOCAB_SIZE, DataLoaderLit
 SIZES = {  # shape, T, windows a micro-batch on a CPU and on a GPU, steps a window
     "demo": (MODELS["demo"], 64, 16, 256, 20),
     "6x384": (dict(n_layer=6, n_head=6, n_embd=384), 256, 8, 128, 4),
-    "gpt2": (MODELS["gpt2"], 1024, 2, 16, 2),
+    "gpt2": (MODELS["gpt2"], 1024, 1, 16, 1),
 }
 SIDES = ("ours", "compiled", "transformers", "+memory", "curriculum")
 
@@ -48,7 +48,7 @@ class BenchConfig:
     sides: str = ",".join(SIDES)  # which, with commas
     dtype: str = "float32"  # float32, bfloat16 autocast, or auto; curriculum takes its own
     habits: str = "bf16,sync,int64"  # of the curriculum
-    micro_batch_size: int = 0  # windows (0: 16, 8 and 2 on a CPU, 256, 128 and 16 on a GPU)
+    micro_batch_size: int = 0  # windows (0: 16, 8 and 1 on a CPU, 256, 128 and 16 on a GPU)
     grad_accum_steps: int = 1  # micro-steps a step
     windows: int = 5  # of each side
     device: str = "auto"  # cpu or cuda
@@ -223,6 +223,7 @@ def measure(config: BenchConfig, size: str, data: str) -> dict:
         here, there = context.Pipe()
         process = context.Process(target=work, args=(there, job), daemon=True)
         process.start()
+        there.close()  # else the end of the process would not be noticed
         sides[side] = {"pipe": here, "process": process, "windows": [], "first": receive(side, here)["seconds"]}
     for window in range(config.windows + 1):
         for side, state in sides.items():
@@ -248,7 +249,10 @@ def measure(config: BenchConfig, size: str, data: str) -> dict:
 
 def receive(side: str, pipe) -> dict:
     """The next message of a side."""
-    message = pipe.recv()
+    try:
+        message = pipe.recv()
+    except EOFError:
+        raise UserError(f"{side} was killed: too little memory? take fewer --sides") from None
     if "error" in message:
         raise UserError(f"{side} failed: {message['error']}")
     return message
