@@ -44,13 +44,13 @@ class BenchConfig:
     max_steps: int = 500  # steps of the full length
     warmup_steps: int = 20  # of both recipes
     seeds: int = 3  # runs of each kind
-    gpt2_lr: str = "1e-3,2e-3,4e-3"  # learning rates tried with the recipe gpt2; it ends at a tenth, as in the paper
-    fast_lr: str = "3e-3,6e-3,1.2e-2"  # and with fast, which ends at 0
-    shares: str = "0.6,0.5"  # of the steps, for fast
+    gpt2_lr: str = "5e-4,1e-3,2e-3"  # learning rates tried with the recipe gpt2; it ends at a tenth, as in the paper
+    fast_lr: str = "1.5e-3,3e-3,6e-3"  # and with fast, which ends at 0
+    shares: str = "0.2"  # of the steps, with commas, for fast
     val_tokens: int = 32768  # of each validation
     val_every: int = 25  # steps
     parallel: int = 2  # runs at a time, a thread each
-    timing_steps: int = 25  # of each recipe in each of three windows, in turn
+    timing_steps: int = 20  # of each recipe in each of three windows, in turn
 
 
 def prepare(config: BenchConfig) -> Path:
