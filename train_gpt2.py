@@ -77,7 +77,7 @@ class TrainConfig:
     decay: str = "cosine"  # how the learning rate falls from one to the other: cosine, or linear
     weight_decay: float = 0.1  # on tensors of two or more dimensions
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
-    recipe: str = "gpt2"  # gpt2: the paper's; fast: Muon and FAST's other settings, under the flags
+    recipe: str = "gpt2"  # gpt2: the paper's; fast: Muon and the rest of FAST, under the flags (Python: **FAST)
     optimizer: str = "adamw"  # adamw, or muon: Muon on the blocks' matrices and AdamW on the rest
     shuffle: bool = True  # a new order of the windows each epoch, instead of file order
     val_every: int = 250  # steps between validations (0: only before the first step and after the last)
@@ -446,7 +446,7 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Optimizer and schedule. AdamW with decay on matrices, or Muon on the blocks'; linear warm-up, then a cosine.
+# 4. Optimizer and schedule. AdamW with decay on matrices, or Muon on the blocks'; linear warm-up, then down.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class OptimizerPair:
@@ -490,7 +490,7 @@ def configure_optimizer(model: GPT, config: TrainConfig, device: torch.device):
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of the step that follows `step` finished ones: linear warm-up, then a cosine down to min_lr."""
+    """Learning rate of the step after `step` finished ones: linear warm-up, then a cosine or a line to min_lr."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if step >= config.max_steps:
@@ -519,7 +519,7 @@ def processes(device: str, deterministic: bool = False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
-        machine.keep_freed_memory()  # 1.2 to 1.6 times the tokens/s
+        machine.keep_freed_memory()  # 1.1 to 1.8 times the tokens/s
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
