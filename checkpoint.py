@@ -14,7 +14,6 @@ A checkpoint is what torch.save makes of tensors, numbers, strings, lists and di
 import contextlib
 import json
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -31,7 +30,8 @@ GPT2_SETTINGS = {  # of transformers' config.json: with another value it is anot
 }
 SUMS = "SHA256SUMS"  # of an exported folder
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # matrices that transformers keeps as (in, out)
-KEYS = ("model", "optimizer", "model_config", "train_config", "step", "position", "val_loss")
+KEYS = {"model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "step": int, "position": int,
+        "val_loss": float}  # of a checkpoint
 
 
 class CheckpointError(OSError):
@@ -49,6 +49,7 @@ def save(folder, step: int, state: dict) -> Path:
     path = Path(folder) / f"model_{step:06d}.pt"
     temporary = path.with_name(path.name + ".tmp")
     try:
+        remove_temporary(folder)  # as large as checkpoints: a killed writer's may be what has filled the disk
         with open_new(temporary) as file:
             torch.save(state, file)
             file.flush()
@@ -89,11 +90,13 @@ def load(path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what the unpickler makes of bytes that somebody chose can be any
         raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
-    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else KEYS
-    if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: it lacks {', '.join(missing)}")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong")
     return state
 
 
@@ -120,12 +123,18 @@ def step_of(path: Path) -> int:
 
 
 def prune(folder, keep: int, step: int) -> None:
-    """Delete all but the newest `keep` checkpoints up to `step`, and what killed writers left behind.
+    """Delete all but the newest `keep` checkpoints up to `step`.
 
     `step` is the one just written: files of later steps are not counted, since they were damaged and passed over.
     """
     written = [path for path in listing(folder) if step_of(path) <= step]
-    for path in [*written[:-keep], *Path(folder).glob("model_*.pt.tmp")]:
+    for path in written[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporary(folder) -> None:
+    """Delete what killed writers of checkpoints left behind."""
+    for path in Path(folder).glob("model_*.pt.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -177,6 +186,7 @@ def read_safetensors(folder: Path) -> dict:
     names = ["model.safetensors"]
     if not (folder / names[0]).exists():
         index = folder / "model.safetensors.index.json"
+        check_inside(index)
         if not index.exists():
             others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
             raise ValueError(f"there is {others[0]}, which can run code, but no model.safetensors: load it with "

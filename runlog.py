@@ -141,7 +141,8 @@ def stop_signal(obey: bool = True):
 
     def handle(signum, frame):
         stop.set()
-        signal.signal(signum, signal.SIG_DFL)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
             os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
 

@@ -1,13 +1,16 @@
 """What the tests share: the real command on a model small enough for a second or two, and data to feed it."""
+import atexit
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -44,6 +47,35 @@ SERVER = multiprocessing.get_context("forkserver")  # a process that has importe
 SERVER.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
+class Forked:
+    """`python ARGV` in a process that SERVER forks, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, argv, stdout, stderr, env: dict[str, str], cwd=None):
+        from multiprocessing.reduction import DupFd
+
+        self.args = list(map(str, argv))
+        self.process = SERVER.Process(target=begin, args=(
+            self.args, cwd, env, DupFd(stdout.fileno()), DupFd(stderr.fileno())))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+
 def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment) -> subprocess.CompletedProcess:
     """Run the real command to its end, in a process of its own; one rank begins where PyTorch is imported already."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -51,22 +83,19 @@ def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environme
         return subprocess.run(command(arguments, ranks, script), cwd=cwd, capture_output=True, text=True, timeout=300,
                               env=environment)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        from multiprocessing.reduction import DupFd
-
-        process = SERVER.Process(target=begin, args=(
-            [str(script), *map(str, arguments)], cwd, environment, DupFd(stdout.fileno()), DupFd(stderr.fileno())))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, 300)
+        process = Forked([script, *arguments], stdout, stderr, environment, cwd)
+        try:
+            process.wait(300)
+        finally:
+            process.send_signal(signal.SIGKILL)
         stdout.seek(0)
         stderr.seek(0)
-        return subprocess.CompletedProcess(arguments, process.exitcode, stdout.read(), stderr.read())
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout.read(), stderr.read())
 
 
 def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> None:
-    """What `python ARGV` does, in this process."""
+    """What `python ARGV` does in a session of its own, in this process."""
+    os.setsid()
     for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, stdout.detach()), (2, stderr.detach())):
         os.dup2(descriptor, number)
     os.environ.clear()
@@ -75,7 +104,10 @@ def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> 
     sys.path[:0] = [str(Path(argv[0]).parent), *environment["PYTHONPATH"].split(os.pathsep)]
     sys.argv = argv
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
 def read_log(folder, kind) -> list[dict]:
@@ -84,12 +116,29 @@ def read_log(folder, kind) -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The longest tests come first, so that none is left alone at the end."""
+    items.sort(key=lambda item: item.path.stem != "test_faults" and "lm_eval" not in item.name)
+
+
 def write_shards(folder: Path, val=700, train=(1500, 900), high=50257, seed=0) -> Path:
     """A folder of .npy shards of random tokens, named as fineweb.py names them."""
     folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(seed)
     for i, (split, n) in enumerate([("val", val), *(("train", n) for n in train)]):
         np.save(folder / f"edufineweb_{split}_{i:06d}.npy", generator.integers(0, high, n, dtype=np.uint16))
+    return folder
+
+
+def once(tmp_path_factory, name: str, make) -> Path:
+    """The folder that make(folder) has filled, in one process of xdist for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
     return folder
 
 

@@ -1,8 +1,10 @@
 """Checkpoint files: whole or absent, verified, pruned, locked; and files in transformers' layout that are refused."""
+import functools
 import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -42,12 +44,26 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+def put_pickle(path, pickled: bytes):
+    """A checkpoint with right checksums around these bytes, which are for the unpickler alone to refuse."""
+    with zipfile.ZipFile(path) as good:
+        parts = {entry.filename: good.read(entry) for entry in good.infolist()}
+    with zipfile.ZipFile(path, "w") as bad:
+        for name, content in parts.items():
+            bad.writestr(name, pickled if name.endswith("data.pkl") else content)
+        for entry in bad.filelist:
+            entry.external_attr = 0
+
+
 @pytest.mark.parametrize("spoil, message", [
     (flip_a_bit, "checksum"),
     (lambda path: path.write_bytes(b""), "not a zip file"),
     (lambda path: path.write_bytes(b"hello" * 100), "not a zip file"),
-    (lambda path: torch.save({"weights": 1}, path), "it lacks model"),
-    (lambda path: torch.save([1, 2], path), "it lacks model"),
+    (lambda path: torch.save({"weights": 1}, path), "model, optimizer, .* missing or wrong"),
+    (lambda path: torch.save([1, 2], path), "model, optimizer, .* missing or wrong"),
+    (lambda path: torch.save(state(model=[], val_loss="1"), path), "train_gpt2.py: model, val_loss missing or wrong"),
+    *((functools.partial(put_pickle, pickled=pickled), "not a whole checkpoint")
+      for pickled in (b"\x80\x02h\x05.", b"\x80\x02R.", b"\x80\x02e.", b"\x80\x02K\x01K\x02s.")),  # stack, memo
     (lambda path: torch.save(state(model=print), path), "not a whole checkpoint"),
     (lambda path: path.unlink(), "no checkpoint"),
 ])
@@ -66,11 +82,11 @@ import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-keys = dict.fromkeys(checkpoint.KEYS, 0)
+keys = {{key: kind() for key, kind in checkpoint.KEYS.items()}}
 checkpoint.save({str(tmp_path)!r}, 1, keys)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save({str(tmp_path)!r}, 2, keys | {{"model": torch.zeros(1_000_000)}})
+    checkpoint.save({str(tmp_path)!r}, 2, keys | {{"model": {{"w": torch.zeros(1_000_000)}}}})
 except checkpoint.CheckpointError as error:
     print(error)
 """
@@ -91,10 +107,17 @@ def test_what_is_not_finite_is_not_saved(bad, where, tmp_path):
     assert checkpoint.save(tmp_path, 3, state(val_loss=float("nan")))  # only tensors count
 
 
-def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(tmp_path):
+def test_what_killed_writers_left_goes_before_anything_is_written(tmp_path, monkeypatch):
+    """On a disk that it has filled nothing could be written otherwise."""
+    (tmp_path / "model_000004.pt.tmp").write_bytes(b"half")
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / len(list(tmp_path.glob("model_000004*"))))
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save(tmp_path, 5, state(5))
+
+
+def test_prune_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, state(step))
-    (tmp_path / "model_000004.pt.tmp").write_bytes(b"half")
     (tmp_path / "notes.pt").write_bytes(b"mine")
     checkpoint.prune(tmp_path, 2, 10)
     assert sorted(os.listdir(tmp_path)) == ["model_000003.pt", "model_000010.pt", "notes.pt"]

@@ -128,7 +128,7 @@ def test_checkpoints_that_are_not_ours(finished_run, tmp_path):
     torch.save({"weights": torch.zeros(3)}, out / "model_000005.pt")
     assert "no checkpoint in" in error_of(flags(data=data, out_dir=out))
     assert (out / "model_000005.pt").exists()
-    state = dict.fromkeys(checkpoint.KEYS, 0) | {"train_config": {}, "model_config": {"n_layer": 1}, "model": {}}
+    state = {key: kind() for key, kind in checkpoint.KEYS.items()} | {"model_config": {"n_layer": 1}}
     checkpoint.save(out, 6, state)
     assert "the weights in" in error_of(flags(data=data, out_dir=out))
 

@@ -2,7 +2,7 @@
 import sys
 
 import pytest
-from faults.common import end_all
+from faults import common
 from faults.run import PARTS
 
 SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
@@ -12,9 +12,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.skipif(sys.platform != "linux", reas
 
 
 @pytest.fixture(autouse=True)
-def leave_no_process():
+def processes(monkeypatch):
+    """One rank begins where PyTorch is imported already; none outlives its test."""
+    monkeypatch.setattr(common, "forking", True)
     yield
-    end_all()
+    common.end_all()
 
 
 @pytest.mark.parametrize("name", SMALL)

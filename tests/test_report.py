@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import TINY, flags, read_log, run, write_shards
+from conftest import TINY, flags, once, read_log, run, write_shards
 from hub import hub
 from test_hellaswag import OURS
 from test_model import random_gpt2
@@ -32,15 +32,16 @@ def claim(folder, source):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run on shards that claim to be FineWeb-Edu, with HellaSwag, stopped once and resumed."""
-    folder = tmp_path_factory.mktemp("report")
-    data = claim(write_shards(folder / "data"), FINEWEB)
-    arguments = flags(data=data, out_dir=folder / "log", max_steps=60, hellaswag_every=30, hellaswag_data=OURS)
-    code, printed = run_until(arguments, "step 40/", signal.SIGTERM)
-    assert code == 0, printed
-    assert not (folder / "log" / "report.md").exists()
-    result = run(arguments)
-    assert result.returncode == 0 and "resumed after step" in result.stdout, result.stderr
-    return folder / "log"
+    def make(folder):
+        data = claim(write_shards(folder / "data"), FINEWEB)
+        arguments = flags(data=data, out_dir=folder / "log", max_steps=60, hellaswag_every=30, hellaswag_data=OURS)
+        code, printed = run_until(arguments, "step 40/", signal.SIGTERM)
+        assert code == 0, printed
+        assert not (folder / "log" / "report.md").exists()
+        result = run(arguments)
+        assert result.returncode == 0 and "resumed after step" in result.stdout, result.stderr
+
+    return once(tmp_path_factory, "report", make) / "log"
 
 
 def test_the_report_says_what_the_log_says(finished):

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, flags, read_log, run, write_shards
+from conftest import ROOT, TINY, command, flags, once, read_log, run, write_shards
 
 import checkpoint
 import machine
@@ -89,11 +89,13 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
 @pytest.fixture(scope="module", params=["adamw", "muon"])
 def whole_run(request, tmp_path_factory):
     """(its flags but for out_dir, its folder): 100 steps, five epochs, never stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    long = {"data": write_shards(folder / "data"), "max_steps": 100, "val_every": 35, "checkpoint_every": 10,
-            "optimizer": request.param}
-    assert run(flags(out_dir=folder / "out", **long)).returncode == 0
-    return long, folder / "out"
+    long = {"max_steps": 100, "val_every": 35, "checkpoint_every": 10, "optimizer": request.param}
+
+    def make(folder):
+        run(flags(data=write_shards(folder / "data"), out_dir=folder / "out", **long)).check_returncode()
+
+    folder = once(tmp_path_factory, f"whole_{request.param}", make)
+    return {"data": folder / "data", **long}, folder / "out"
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP"])  # tests/faults has SIGKILL and more places

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conftest import ROOT, command, flags, write_shards
+from conftest import ROOT, Forked, command, flags, write_shards
 
 import checkpoint
 
 INJECT = Path(__file__).with_name("inject.py")
 STEPS = 24  # of the run that is broken: more than an epoch, with all that can be due in between
 DUE = {"max_steps": STEPS, "val_every": 5, "sample_every": 8, "checkpoint_every": 3, "hellaswag_every": 9,
-       "hellaswag_limit": 6, "hellaswag_data": ROOT / "tests" / "hellaswag_examples.jsonl"}
+       "micro_batch_size": 2, "hellaswag_limit": 6, "hellaswag_data": ROOT / "tests" / "hellaswag_examples.jsonl"}
 started = []  # all processes of start()
+forking = False  # whether start() forks a process in which PyTorch is imported already: pytest has no time for others
 
 
 class Row(NamedTuple):
@@ -32,19 +33,22 @@ def run_flags(folder: Path, **changes) -> list[str]:
     return flags(data=write_shards(folder.parent / "data"), out_dir=folder, **{**DUE, **changes})
 
 
-def start(arguments, ranks: int = 1, fault: str = "", options=(), **environment) -> subprocess.Popen:
+def start(arguments, ranks: int = 1, fault: str = "", options=(), fresh: bool = False, **environment):
     """Start the real command in a session of its own, with a fault as inject.py takes it, its output in a file.
 
-    `options` are torchrun's, instead of the usual ones.
+    `options` are torchrun's, instead of the usual ones. `fresh`: never forked. -> subprocess.Popen, or what is like it.
     """
     words = command(arguments, ranks, INJECT if fault else ROOT / "train_gpt2.py")
     if options:
         at = words.index("--standalone")
         words[at:at + 2] = options
     output = tempfile.TemporaryFile()
-    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                               env={**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), **environment},
-                               start_new_session=True)
+    environment = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), **environment}
+    if forking and ranks == 1 and not fresh:
+        process = Forked(words[1:], output, output, environment)
+    else:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   env=environment, start_new_session=True)
     process.output = output
     started.append(process)
     return process
@@ -56,13 +60,13 @@ def end_all() -> None:
         kill_all(started.pop())
 
 
-def said(process: subprocess.Popen) -> str:
+def said(process) -> str:
     """What a process that start() started has printed so far."""
     size = os.fstat(process.output.fileno()).st_size
     return os.pread(process.output.fileno(), size, 0).decode(errors="replace")
 
 
-def wait_for(process: subprocess.Popen, text: str, seconds: float = 120) -> None:
+def wait_for(process, text: str, seconds: float = 120) -> None:
     """Wait until the process prints `text` or ends."""
     end = time.monotonic() + seconds
     while text not in said(process) and process.poll() is None:
@@ -70,7 +74,7 @@ def wait_for(process: subprocess.Popen, text: str, seconds: float = 120) -> None
         time.sleep(0.005)
 
 
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:
+def finish(process, code: int = 0, seconds: float = 180) -> str:
     """Wait for the end of a process, which must be with this exit code -> what it printed."""
     assert process.wait(seconds) == code, f"exit code {process.returncode}: {said(process)[-3000:]}"
     return said(process)
@@ -84,7 +88,7 @@ def left_by(folder: Path) -> list[str]:
     return [" ".join(words) for words in found if any(str(folder) in word for word in words)]
 
 
-def family(process: subprocess.Popen) -> list:
+def family(process) -> list:
     """A process and all that it has started, by psutil; none where it has ended, as its number may be another's now."""
     import psutil
 
@@ -97,7 +101,7 @@ def family(process: subprocess.Popen) -> list:
         return []
 
 
-def kill_all(process: subprocess.Popen) -> None:
+def kill_all(process) -> None:
     """SIGKILL a process and all that it has started, as if the machine had lost its power."""
     import psutil
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT, flags, write_shards
 from faults.common import Row, checkpoint_steps, finish, start, wait_for
 
-LONG = {"max_steps": 400, "val_every": 40, "checkpoint_every": 20}
+LONG = {"max_steps": 240, "val_every": 40, "checkpoint_every": 20}
 MOUNT = ["unshare", "--map-root-user", "--mount", "--kill-child"]
 
 
@@ -46,9 +46,9 @@ def limited(what: str) -> list[Row]:
         process.send_signal(signal.SIGCONT)
         output = finish(process)
         assert warning in output and "finished: validation loss" in output
-        assert checkpoint_steps(folder) == [380, 400]
+        assert checkpoint_steps(folder) == [220, 240]
         steps = [line["step"] for line in read_log(folder)]
-        assert steps[-1] == 400 and len(steps) >= 340 and (len(set(steps)) == 400 or what == "log")
+        assert steps[-1] == 240 and len(steps) >= 180 and (len(set(steps)) == 240 or what == "log")
     return [Row(f"no file may grow past {size:,} bytes, then all may again: the {what}", 1, "a warning, training went "
                 "on, the checkpoints before it whole, no temporary file, then written again")]
 
@@ -95,7 +95,7 @@ def real() -> list[Row]:
         assert "exit code 0" in text and "finished: validation loss" in text, text[-2000:]
         assert "is the disk full?" in text, text
         assert ".tmp" not in (base / "output.ls").read_text()
-        assert checkpoint_steps(kept) == [380, 400]
+        assert checkpoint_steps(kept) == [220, 240]
         warned = text.count("is the disk full?")
     return [Row("a full file system", 1, f"{warned} checkpoints failed with a warning, training went on; once there "
                 "was room they were whole, and no temporary file was left")]

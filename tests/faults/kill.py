@@ -20,12 +20,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
-from faults.common import Row, digest, finish, kill_all, run_flags, said, start, wait_for, whole_digest
+from faults.common import (
+    STEPS, Row, checkpoint_steps, digest, finish, kill_all, run_flags, said, start, wait_for,
+)
 
 import runlog
 
 PASSES = {  # of each place in a whole run, about: the random moment is one of them
-    "write": 8, "rename": 8, "prune": 8, "log": 40, "validation": 60, "hellaswag": 12, "sample": 4, "update": 24,
+    "write": 8, "rename": 8, "prune": 8, "log": 40, "validation": 120, "hellaswag": 12, "sample": 4, "update": 24,
 }
 
 
@@ -37,27 +39,31 @@ class KillConfig:
     seed: int = 1  # of the moments
     ranks: int = 1  # processes of the run
     per_round: int = 8  # kills of one run, before it may end
+    places: str = ""  # where to kill, in turn, such as write,rename,log (empty: as chance has it)
     optimizer: str = "adamw"  # adamw or muon
     compile: bool = False  # torch.compile
 
 
-def kill_once(arguments, ranks: int, chance: random.Random, seconds: float) -> str:
-    """Start the run and kill it at a random moment -> where that was, or "" where the run ended before."""
-    how = chance.choice(["training", "training", "any time", "place", "place"])
+def kill_once(arguments, ranks: int, chance: random.Random, seconds: float, wanted: str = "") -> tuple[str, str]:
+    """Start the run and kill it at a random moment, or at one of the place that is wanted.
+
+    -> where that was, or "" where the run ended before, and what the run has printed.
+    """
+    how = "place" if wanted else chance.choice(["training", "training", "any time", "place", "place"])
     if how == "place":
-        place = chance.choice(list(PASSES))
+        place = wanted or chance.choice(list(PASSES))
         process = start(arguments, ranks, f"kill:{place}:{chance.randint(1, max(1, PASSES[place] // 3))}")
         process.wait(180)
         killed = process.returncode == -9 if ranks == 1 else "exitcode  : -9" in said(process)
-        return place if killed else ended(process)
+        return place if killed else ended(process), said(process)
     process = start(arguments, ranks)
     if how == "training":
         wait_for(process, "step ")
     time.sleep(chance.uniform(0, seconds / 2 if how == "training" else seconds + 3))
     if process.poll() is not None:
-        return ended(process)
+        return ended(process), said(process)
     kill_all(process)
-    return how
+    return how, said(process)
 
 
 def ended(process) -> str:
@@ -66,16 +72,27 @@ def ended(process) -> str:
     return ""
 
 
+def went_on(output: str, step: int) -> bool:
+    """Whether a run that has printed this began at the newest checkpoint, step 0 where there was none."""
+    if STEPS == step:
+        return f"after {STEPS} steps" in output or "output |" not in output
+    return "output |" not in output or (f"resumed after step {step}\n" if step else "a fresh run\n") in output
+
+
 def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds: float, expected: str):
     """Kill one run so many times at most, let it end, compare -> Counter of where it was killed."""
     chance, places = random.Random(seed), collections.Counter()
-    folder = Path(tempfile.mkdtemp()) / "run"
+    folder, newest = Path(tempfile.mkdtemp()) / "run", 0
     arguments = run_flags(folder, **changes)
-    for _ in range(kills):
-        if where := kill_once(arguments, config.ranks, chance, seconds):
+    wanted = [place for place in config.places.split(",") if place]
+    for i in range(kills):
+        where, output = kill_once(arguments, config.ranks, chance, seconds, wanted[i % len(wanted)] if wanted else "")
+        assert went_on(output, newest), f"seed {seed}: {dict(places)} {where}: not from step {newest}: {output[-999:]}"
+        newest = max(checkpoint_steps(folder), default=0)  # each of them must be whole
+        if where:
             places[where] += 1
     process = start(arguments, config.ranks)
-    finish(process)
+    assert went_on(finish(process), newest), f"seed {seed}: {dict(places)}: not from step {newest}: {said(process)}"
     got = digest(folder)
     assert got == expected, f"seed {seed}: {dict(places)}: the run in {folder} differs\n{said(process)}"
     leftovers = [path.name for path in folder.glob("*.tmp")]
@@ -89,12 +106,11 @@ def kills(config: KillConfig, workers: int = 1) -> Row:
     changes = {"optimizer": config.optimizer, "compile": config.compile or None, "n_layer": 1}
     chance, places, rounds = random.Random(config.seed), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        expected = whole_digest(Path(folder) / "whole", config.ranks, **changes)
-        process = start(run_flags(Path(folder) / "timed", **changes), config.ranks)
+        process = start(run_flags(Path(folder) / "whole", **changes), config.ranks)
         wait_for(process, "step ")
         began = time.monotonic()
         finish(process)
-        seconds = time.monotonic() - began
+        seconds, expected = time.monotonic() - began, digest(Path(folder) / "whole")
         while (left := config.kills - places.total()) > 0:
             sizes = [min(config.per_round, left - i * config.per_round) for i in range(workers)]
             for found in pool.map(lambda size: play_round(config, changes, size, chance.getrandbits(32), seconds,

@@ -13,10 +13,9 @@ def skipped(value: str, where: str, optimizer: str, ranks: int) -> None:
     """One bad step, the fourth: the weights after it are those before it, on every rank, and training goes on."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        passes = 7 if ranks == 1 else 4  # two micro-steps at one rank
         process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer,
-                              checkpoint_every=1, keep_checkpoints=9), ranks,
-                        f"{value}:{where}:{passes}:rank{ranks - 1}", WEIGHTS=str(Path(home) / "weights"))
+                              micro_batch_size=4 // ranks, checkpoint_every=1, keep_checkpoints=9), ranks,
+                        f"{value}:{where}:7:rank{ranks - 1}", WEIGHTS=str(Path(home) / "weights"))
         finish(process)
         lines = read_log(folder, "train")
         assert [line["step"] for line in lines if line.get("skipped")] == [4]
@@ -44,8 +43,8 @@ def five_in_a_row(optimizer: str, ranks: int) -> None:
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
         arguments = flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer, max_steps=20,
-                          checkpoint_every=3, keep_checkpoints=1)
-        process = start(arguments, ranks, f"nan:gradient:{7 if ranks == 1 else 4}x99:rank{ranks - 1}")
+                          micro_batch_size=4 // ranks, checkpoint_every=3, keep_checkpoints=1)
+        process = start(arguments, ranks, f"nan:gradient:7x99:rank{ranks - 1}")
         output = finish(process, code=1)
         for words in ("five steps in a row without a finite loss and gradient, the last one step 8", "norm nan",
                       "at 1,024 tokens"):

@@ -23,7 +23,7 @@ def a_killed_worker(times: int = 1) -> list[Row]:
     for i in range(times):
         with tempfile.TemporaryDirectory() as home:
             started = time.monotonic()
-            process = start(run_flags(Path(home) / "run"), 2, f"kill:step:{5 + 2 * i}:rank{(i + 1) % 2}",
+            process = start(run_flags(Path(home) / "run"), 2, f"kill:step:{9 + 4 * i}:rank{(i + 1) % 2}",
                             options=["--standalone", "--nproc-per-node=2", "--max-restarts=2"])
             assert "resumed after step" in finish(process)
             slowest = max(slowest, time.monotonic() - started)
@@ -97,7 +97,8 @@ def another_world(sizes=((1, 4), (2, 2), (1, 8))) -> list[Row]:
             last = i == len(sizes) - 1
             fault = "record:tokens:1" if last else f"TERM:tokens:{18 // B}{':parent' if ranks > 1 else ''}"
             process = start(run_flags(base / "run", micro_batch_size=B), ranks, fault, TOKENS=str(base / f"tokens{i}"))
-            finish(process, code=1 if ranks > 1 and not last else 0)
+            output = finish(process, code=1 if ranks > 1 and not last else 0)
+            assert ("resumed after step" in output) == (i > 0), output
             tokens.append(by_step(base, f"tokens{i}"))
         whole, seen = by_step(base, "whole_tokens"), {}
         for part in tokens:

@@ -21,7 +21,7 @@ from faults.common import Row, end_all
 from faults.corrupt import corrupt
 from faults.disk import disk
 from faults.fuzz import fuzz
-from faults.kill import KillConfig, kills
+from faults.kill import PASSES, KillConfig, kills
 from faults.not_finite import not_finite
 from faults.ranks import a_killed_worker, a_raising_rank, another_world, two_agents
 from faults.signals import a_second_signal, one_rank_alone, signals, the_demo
@@ -36,17 +36,17 @@ RECORD = Path(__file__).parent.parent / "FAULTS.md"
 # part -> (what it is called, what pytest runs of it, what the record has)
 PARTS = {
     "kill": ("SIGKILL anywhere", {
-        "1_rank": lambda: [kills(KillConfig(kills=5))],
-        "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2))],
+        "1_rank": lambda: [kills(KillConfig(kills=5, places="write,rename,log,validation,prune"))],
+        "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2, places="write,update"))],
     }, lambda: [kills(KillConfig(**config), workers=2) for config in (
         dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=30, optimizer="muon", seed=3),
-        dict(kills=10, compile=True, seed=4))]),
+        dict(kills=16, compile=True, seed=4, places=",".join(PASSES)))]),
     "signals": ("Signals", {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
-        "2_ranks": lambda: signals(2, ("TERM",), ("step", "validation")),
+        "2_ranks": lambda: signals(2, ("TERM",), ("validation",)),
         "1_of_2_ranks": lambda: one_rank_alone(),
         "twice": lambda: a_second_signal(("validation",)),
-    }, lambda: [*signals(), *signals(2), *a_second_signal(), *the_demo()]),
+    }, lambda: [*signals(), *signals(2), *one_rank_alone(), *a_second_signal(), *the_demo()]),
     "ranks": ("Ranks and torchrun", {
         "killed": lambda: a_killed_worker(),
         "raising": lambda: a_raising_rank(("step",)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from conftest import ROOT
 from faults.common import Row, checkpoint_steps, digest, finish, last_step, run_flags, start, wait_for, whole_digest
 
-PLACES = {"step": 20, "validation": 7, "hellaswag": 3, "sample": 2, "write": 3}  # and at which pass of it
+PLACES = {"step": 20, "validation": 14, "hellaswag": 3, "sample": 2, "write": 3}  # and at which pass of it
 WORDS = {"validation": "a validation", "hellaswag": "HellaSwag", "sample": "a sample", "write": "a checkpoint's write",
          "step": "a step"}
 
@@ -65,11 +65,18 @@ def one_rank_alone() -> list[Row]:
 
 def a_second_signal(places=tuple(PLACES)) -> list[Row]:
     """Two signals in a row: the second ends the process by its default action, within the call that sent it."""
+    with tempfile.TemporaryDirectory() as home:
+        expected = whole_digest(Path(home) / "whole")
     for place in places:
-        with tempfile.TemporaryDirectory() as home:
-            output = finish(start(run_flags(Path(home) / "run"), 1, f"TERM+TERM:{place}:{PLACES[place]}"), code=-15)
-            assert "stopping after what is under way" in output and "stopped after step" not in output
-    return [Row("a second SIGTERM in the same places", len(places), "ended at once, by the signal")]
+        for signs in ("TERM+TERM", "INT+TERM"):
+            with tempfile.TemporaryDirectory() as home:
+                arguments = run_flags(Path(home) / "run")
+                output = finish(start(arguments, 1, f"{signs}:{place}:{PLACES[place]}"), code=-15)
+                assert "stopping after what is under way" in output and "stopped after step" not in output
+                finish(start(arguments))
+                assert digest(Path(home) / "run") == expected, f"{signs} in {place}: the resumed run differs"
+    return [Row("a second signal in the same places: SIGTERM after SIGTERM, and after SIGINT", 2 * len(places),
+                "ended at once, by the signal; resumed to the same sha256")]
 
 
 def the_demo(places=("step", "validation", "sample", "write", "hellaswag")) -> list[Row]:

@@ -23,7 +23,8 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         folder, seen = Path(home) / "run", []
         settings = {**DUE, "max_steps": steps, "val_every": 50, "sample_every": 50, "checkpoint_every": 25,
                     "hellaswag_every": 100, "n_layer": 1}
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), **PLAIN_MALLOC)
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), fresh=True,
+                        **PLAIN_MALLOC)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(0.02)
