@@ -1,6 +1,6 @@
 """log.jsonl -> loss.png: training and validation loss, HellaSwag, learning rate; several runs in one picture.
 
-    python plot.py log                              # log/loss.png, as training draws it after each validation
+    python plot.py log                              # log/loss.png, as training draws it after a validation
     python plot.py log/a log/b --x hours            # two runs, one over the other, into ./loss.png
 
 The training loss of single steps is thin and pale, with its average over 2 % of the steps, at least nine, on it;

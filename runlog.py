@@ -22,6 +22,8 @@ from pathlib import Path
 
 from shards import check_inside, open_new
 
+PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
+
 
 class UserError(Exception):
     """Something the user can mend: commands print it as one line, without a traceback, and exit with code 2."""
@@ -273,13 +275,14 @@ class RunLog:
 
     Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped, and of evaluations those past
     `seen`. Evaluation alone (max_steps 0) appends to eval.jsonl instead, so that it never touches the log of a training
-    run. After each validation loss.png is drawn anew, at the end report.md is written: where that fails, one line says
-    so and training goes on.
+    run. loss.png is drawn anew after a validation, PICTURE_SECONDS apart or more, and report.md is written at the end:
+    where that fails, one line says so and training goes on.
     """
 
     def __init__(self, config, rank: int, step: int, seen: int, flops_per_step: float, peak: float):
         self.config, self.rank, self.flops_per_step, self.peak = config, rank, flops_per_step, peak
         self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
+        self.drawn = self.started  # when loss.png was, last
         self.seconds = math.nan  # moving average of a step's time
         self.torn = False  # whether the last write stopped within a line
         self.failed = set()  # what beside the log could not be written, said once
@@ -295,7 +298,8 @@ class RunLog:
     def _drop_after(self, step: int, seen: int) -> None:
         """Keep the lines up to `step`, of evaluations up to `seen`; a line torn by a crash goes too."""
         if step < 0 and self.path.exists() and self.path.stat().st_size:
-            older = self.path.with_name(self.path.name + ".old")
+            names = (self.path.with_name(f"{self.path.name}.old{i or ''}") for i in itertools.count())
+            older = next(path for path in names if not os.path.lexists(path))
             print0(f"warning: {self.path} has no checkpoint to go on from: kept as {older}")
             os.replace(self.path, older)
         kept = []
@@ -373,8 +377,10 @@ class RunLog:
         """The validation loss after `step` steps."""
         print0(f"step {step}/{self.config.max_steps} | validation loss {loss:.4f}")
         self.write("val", step=step, loss=loss)
-        if self.rank == 0 and step < self.config.max_steps:  # the last picture is drawn at the end, with HellaSwag
+        seconds = time.perf_counter() - self.drawn
+        if self.rank == 0 and step < self.config.max_steps and seconds >= PICTURE_SECONDS:  # the last one at the end
             self._try("loss.png", self._draw)
+            self.drawn = time.perf_counter()
 
     def _draw(self) -> None:
         import plot

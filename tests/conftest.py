@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test leaves the machine
 os.environ["https_proxy"] = "http://127.0.0.1:9"  # where nobody answers; loopback is reached by http
 os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script, and so in what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 micro-steps
     "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "total_batch_size": 128, "micro_batch_size": 4,
@@ -44,7 +46,7 @@ def command(arguments, ranks=1, script=ROOT / "train_gpt2.py") -> list[str]:
 
 
 SERVER = multiprocessing.get_context("forkserver")  # a process that has imported PyTorch, which takes 3 s, and forks
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.backends.backend_agg"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 class Forked:
@@ -77,13 +79,10 @@ class Forked:
 
 
 def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment) -> subprocess.CompletedProcess:
-    """Run the real command to its end, in a process of its own; one rank begins where PyTorch is imported already."""
+    """Run the real command to its end, in a process that begins where PyTorch is imported already."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    if ranks > 1:
-        return subprocess.run(command(arguments, ranks, script), cwd=cwd, capture_output=True, text=True, timeout=300,
-                              env=environment)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = Forked([script, *arguments], stdout, stderr, environment, cwd)
+        process = Forked(command(arguments, ranks, script)[1:], stdout, stderr, environment, cwd)
         try:
             process.wait(300)
         finally:
@@ -102,10 +101,10 @@ def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> 
     os.environ.update(environment)
     os.chdir(cwd or os.getcwd())
     sys.path[:0] = [str(Path(argv[0]).parent), *environment["PYTHONPATH"].split(os.pathsep)]
-    sys.argv = argv
+    sys.argv = argv[argv[0] == "-m":]
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        (runpy.run_path if sys.argv == argv else runpy.run_module)(sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 

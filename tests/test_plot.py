@@ -7,11 +7,13 @@ import signal
 import numpy as np
 import pytest
 from conftest import ROOT, flags, read_log, run
-from test_train import run_until
 
 import plot
+import runlog
+import train_gpt2
 
 SCRIPT = ROOT / "plot.py"
+INJECT = ROOT / "tests" / "faults" / "inject.py"
 FINEWEB = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 
 
@@ -195,12 +197,21 @@ def test_logs_as_they_come(spoil, tmp_path):
     assert result.stderr == ""
 
 
-def test_training_draws_it_after_each_validation(shard_folder, tmp_path):
-    code, printed = run_until(flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=4000, val_every=5,
-                                    checkpoint_every=0), "step   10/", signal.SIGKILL)
-    assert code == -signal.SIGKILL, printed
+def test_training_draws_it_after_a_validation(shard_folder, tmp_path):
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=INJECT, FAULT="kill:picture:2")
+    assert result.returncode == -signal.SIGKILL, result.stderr
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out" / "report.md").exists()
+
+
+def test_training_draws_it_seldom_and_at_the_end(shard_folder, tmp_path, monkeypatch):
+    clock, drawn = itertools.count(0, 3), []
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock) / 10)  # 0.3 s from one look to the next
+    monkeypatch.setattr(plot, "draw", lambda runs, out: drawn.append(next(clock) / 10))
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=30, val_every=1)
+    train_gpt2.main(train_gpt2.parse_args(arguments))
+    gaps = np.diff(drawn)
+    assert len(gaps) >= 2 and gaps[:-1].min() >= 10 and gaps.max() < 20
 
 
 def test_training_goes_on_without_matplotlib_and_says_so_once(shard_folder, tmp_path):

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, flags, once, read_log, run, write_shards
+from conftest import ROOT, TINY, command, flags, read_log, run, write_shards
 
 import checkpoint
 import machine
@@ -86,28 +86,19 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     assert len(read_log(out, "train")) == 6
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
-def whole_run(request, tmp_path_factory):
-    """(its flags but for out_dir, its folder): 100 steps, five epochs, never stopped."""
-    long = {"max_steps": 100, "val_every": 35, "checkpoint_every": 10, "optimizer": request.param}
-
-    def make(folder):
-        run(flags(data=write_shards(folder / "data"), out_dir=folder / "out", **long)).check_returncode()
-
-    folder = once(tmp_path_factory, f"whole_{request.param}", make)
-    return {"data": folder / "data", **long}, folder / "out"
-
-
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP"])  # tests/faults has SIGKILL and more places
-def test_a_stopped_run_ends_as_if_it_had_never_stopped(how, whole_run, tmp_path):
-    long, whole = whole_run
+@pytest.mark.parametrize("how, optimizer", [("SIGTERM", "adamw"), ("SIGHUP", "muon")])
+def test_a_stopped_run_ends_as_if_it_had_never_stopped(how, optimizer, shard_folder, tmp_path):
+    """100 steps, five epochs, stopped twice; tests/faults has SIGKILL and more places."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    long = {"data": shard_folder, "max_steps": 100, "val_every": 35, "checkpoint_every": 10, "optimizer": optimizer}
+    run(flags(out_dir=whole, **long)).check_returncode()
     for text in ("step  23/", "step  68/"):
-        code, printed = run_until(flags(out_dir=tmp_path, **long), text, getattr(signal, how))
+        code, printed = run_until(flags(out_dir=out, **long), text, getattr(signal, how))
         assert code == 0 and "stopped after step" in printed, printed
-        assert not (tmp_path / "model_000100.pt").exists(), "it was not stopped in time"
-    last = run(flags(out_dir=tmp_path, **long))
+        assert not (out / "model_000100.pt").exists(), "it was not stopped in time"
+    last = run(flags(out_dir=out, **long))
     assert last.returncode == 0 and "resumed after step" in last.stdout, last.stderr
-    assert_same_run(whole, tmp_path, 100)
+    assert_same_run(whole, out, 100)
 
 
 def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one(shard_folder, tmp_path):
@@ -399,8 +390,10 @@ def test_a_log_without_a_checkpoint_is_kept(shard_folder, tmp_path):
     for path in out.glob("*.pt"):
         path.unlink()
     before = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl.old").write_text("that of a run before")
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=out)))
-    assert (out / "log.jsonl.old").read_bytes() == before
+    assert (out / "log.jsonl.old").read_text() == "that of a run before"
+    assert (out / "log.jsonl.old1").read_bytes() == before
     assert len(read_log(out, "train")) == 6
 
 

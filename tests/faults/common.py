@@ -44,7 +44,7 @@ def start(arguments, ranks: int = 1, fault: str = "", options=(), fresh: bool = 
         words[at:at + 2] = options
     output = tempfile.TemporaryFile()
     environment = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), **environment}
-    if forking and ranks == 1 and not fresh:
+    if forking and not fresh:
         process = Forked(words[1:], output, output, environment)
     else:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,

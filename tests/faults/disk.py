@@ -28,7 +28,8 @@ def limited(what: str) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **LONG))
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **LONG), 1,
+                        "record:picture:1" if what == "picture" else "")
         wait_for(process, "step  65/")  # between two checkpoints
         process.send_signal(signal.SIGSTOP)
         size = {"checkpoint": 300_000, "log": (folder / "log.jsonl").stat().st_size + 300, "picture": 30_000}[what]
@@ -73,9 +74,10 @@ cp -r {data} data
 head -c 20000000 /dev/zero > filler
 ({command} > {output} 2>&1; echo "exit code $?" >> {output}) &
 {wait}
+for i in {{1..20}}; do ls -A run | tr '\n' ' '; echo; sleep 0.02; done > {output}.ls
 rm filler
 wait
-ls -A run > {output}.ls
+ls -A run > {output}.end
 cp -r run {kept}
 """
 
@@ -94,20 +96,31 @@ def real() -> list[Row]:
         text = output.read_text()
         assert "exit code 0" in text and "finished: validation loss" in text, text[-2000:]
         assert "is the disk full?" in text, text
-        assert ".tmp" not in (base / "output.ls").read_text()
+        assert ".tmp" not in (base / "output.end").read_text()
+        seen = (base / "output.ls").read_text().splitlines()  # while it is full: one may be there while it is written
+        assert len(seen) == 20 and sum(".tmp" in names for names in seen) < 10, seen
         assert checkpoint_steps(kept) == [220, 240]
         warned = text.count("is the disk full?")
-    return [Row("a full file system", 1, f"{warned} checkpoints failed with a warning, training went on; once there "
-                "was room they were whole, and no temporary file was left")]
+    return [Row("a full file system", 1, f"{warned} checkpoints failed with a warning and left no temporary file, "
+                "training went on; once there was room they were whole")]
 
 
 def read_only() -> list[Row]:
-    """An output folder that cannot be written."""
+    """An output folder that cannot be made, and one that is there and read-only, where a file system can be mounted."""
     with tempfile.TemporaryDirectory() as home:
-        arguments = flags(data=write_shards(Path(home) / "data"), out_dir="/proc/nowhere")
-        output = finish(start(arguments), code=2)
+        base = Path(home)
+        data, mounted = write_shards(base / "data"), base / "home"
+        output = finish(start(flags(data=data, out_dir="/proc/nowhere")), code=2)
         assert output.count("\n") == 1 and "error: cannot write to /proc/nowhere" in output
-    return [Row("an output folder that cannot be written", 1, "refused in one line, exit code 2")]
+        if can_mount():
+            mounted.mkdir()
+            words = " ".join([sys.executable, str(ROOT / "train_gpt2.py"), *flags(data=data, out_dir=mounted / "run")])
+            script = f"mount -t tmpfs none {mounted}; mkdir {mounted}/run; mount -o remount,ro {mounted}; {words}"
+            result = subprocess.run([*MOUNT, "bash", "-ec", script], text=True, capture_output=True)
+            assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+            assert f"error: cannot write to {mounted}/run: Read-only file system" in result.stderr, result.stderr
+    return [Row("an output folder that cannot be made, and one that is read-only", 1 + can_mount(),
+                "refused in one line, exit code 2")]
 
 
 def disk(full: bool = False) -> list[Row]:

@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import hellaswag
+import plot
 import runlog
 import train_gpt2
 
@@ -202,6 +203,11 @@ def record_weights() -> None:
     train_gpt2.configure_optimizer, runlog.RunLog.train = configure_optimizer, log_train
 
 
+def hurt_picture() -> None:
+    runlog.PICTURE_SECONDS = 0
+    before(plot, "draw")
+
+
 def hurt_weights() -> None:
     original = torch.optim.AdamW.step
 
@@ -226,6 +232,7 @@ PLACES = {
     "rename": lambda: before(checkpoint, "replace"),
     "prune": lambda: before(checkpoint, "prune"),  # the checkpoint has its name, older ones are still there
     "log": tear_log,
+    "picture": hurt_picture,  # which is then drawn after every validation
     "loss": hurt_loss,
     "weights": hurt_weights,
     "gradient": hurt_gradient,
@@ -233,8 +240,6 @@ PLACES = {
 
 PLACES[where]()
 atexit.register(lambda: print(f"passes of {where}: {passes}", flush=True))
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "WEIGHTS" in os.environ:
     record_weights()
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 Moments: any time while it trains, any time since the process began, in the middle of a checkpoint's write, before it
 is renamed, after that and before older ones are deleted, in half a line of the log, in validation, HellaSwag and a
-sample, and in the optimizer's update. Each round kills a run several times, lets it end, and compares the sha256 of
-weights, optimizer, and all that is logged. With several ranks all processes die at once, or one does and torchrun ends
-the rest.
+sample, before the picture is drawn, and in the optimizer's update. Each round kills a run several times, lets it end,
+and compares the sha256 of weights, optimizer, and all that is logged. With several ranks all processes die at once, or
+one does and torchrun ends the rest.
 """
 import collections
 import concurrent.futures
@@ -28,6 +28,7 @@ import runlog
 
 PASSES = {  # of each place in a whole run, about: the random moment is one of them
     "write": 8, "rename": 8, "prune": 8, "log": 40, "validation": 120, "hellaswag": 12, "sample": 4, "update": 24,
+    "picture": 5,
 }
 
 
@@ -58,7 +59,7 @@ def kill_once(arguments, ranks: int, chance: random.Random, seconds: float, want
         return place if killed else ended(process), said(process)
     process = start(arguments, ranks)
     if how == "training":
-        wait_for(process, "step ")
+        wait_for(process, "| loss ")
     time.sleep(chance.uniform(0, seconds / 2 if how == "training" else seconds + 3))
     if process.poll() is not None:
         return ended(process), said(process)
@@ -85,6 +86,8 @@ def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds
     folder, newest = Path(tempfile.mkdtemp()) / "run", 0
     arguments = run_flags(folder, **changes)
     wanted = [place for place in config.places.split(",") if place]
+    if unknown := set(wanted) - set(PASSES):
+        raise runlog.UserError(f"no place {min(unknown)!r}: --places takes {', '.join(PASSES)}, commas between them")
     for i in range(kills):
         where, output = kill_once(arguments, config.ranks, chance, seconds, wanted[i % len(wanted)] if wanted else "")
         assert went_on(output, newest), f"seed {seed}: {dict(places)} {where}: not from step {newest}: {output[-999:]}"
@@ -107,7 +110,7 @@ def kills(config: KillConfig, workers: int = 1) -> Row:
     chance, places, rounds = random.Random(config.seed), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         process = start(run_flags(Path(folder) / "whole", **changes), config.ranks)
-        wait_for(process, "step ")
+        wait_for(process, "| loss ")
         began = time.monotonic()
         finish(process)
         seconds, expected = time.monotonic() - began, digest(Path(folder) / "whole")

@@ -8,6 +8,7 @@ A promise that is broken stands in the table as BROKEN, and the exit code is 1.
 """
 import os
 import platform
+import subprocess
 import sys
 import time
 import traceback
@@ -45,7 +46,7 @@ PARTS = {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
         "2_ranks": lambda: signals(2, ("TERM",), ("validation",)),
         "1_of_2_ranks": lambda: one_rank_alone(),
-        "twice": lambda: a_second_signal(("validation",)),
+        "twice": lambda: a_second_signal(("validation",), ("TERM+TERM",)),
     }, lambda: [*signals(), *signals(2), *one_rank_alone(), *a_second_signal(), *the_demo()]),
     "ranks": ("Ranks and torchrun", {
         "killed": lambda: a_killed_worker(),
@@ -58,7 +59,8 @@ PARTS = {
     "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6)}, lambda: fuzz(2000, 50)),
     "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
     "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
-    "soak": ("Soak", {"600_steps": lambda: soak(600, share=0.1)}, lambda: soak()),
+    "soak": ("Soak", {"450_steps": lambda: soak(450, settled=150, share=0.1)},
+             lambda: [*soak(), *soak(share=0.15, plain=False)]),
 }
 
 
@@ -89,6 +91,9 @@ def section(name: str, rows: list[Row], seconds: float) -> str:
     """A part as FAULTS.md has it."""
     table = [f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows]
     commit = machine.versions()["commit"][:7]
+    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=RECORD.parent, text=True,
+                             capture_output=True).stdout.splitlines()
+    commit += " and changes" * any(not line.endswith(RECORD.name) for line in changed)
     return "\n".join([f"## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|", *table,
                       f"\n{runlog.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}, "
                       f"{os.cpu_count()} cores of {cpu()}"])

@@ -63,19 +63,19 @@ def one_rank_alone() -> list[Row]:
     return [Row("SIGTERM to one of two workers", 1, "both stopped after the same step, resumed to the same sha256")]
 
 
-def a_second_signal(places=tuple(PLACES)) -> list[Row]:
+def a_second_signal(places=tuple(PLACES), pairs=("TERM+TERM", "INT+TERM")) -> list[Row]:
     """Two signals in a row: the second ends the process by its default action, within the call that sent it."""
     with tempfile.TemporaryDirectory() as home:
         expected = whole_digest(Path(home) / "whole")
     for place in places:
-        for signs in ("TERM+TERM", "INT+TERM"):
+        for signs in pairs:
             with tempfile.TemporaryDirectory() as home:
                 arguments = run_flags(Path(home) / "run")
                 output = finish(start(arguments, 1, f"{signs}:{place}:{PLACES[place]}"), code=-15)
                 assert "stopping after what is under way" in output and "stopped after step" not in output
                 finish(start(arguments))
                 assert digest(Path(home) / "run") == expected, f"{signs} in {place}: the resumed run differs"
-    return [Row("a second signal in the same places: SIGTERM after SIGTERM, and after SIGINT", 2 * len(places),
+    return [Row(f"a second signal in the same places: {', '.join(pairs)}", len(pairs) * len(places),
                 "ended at once, by the signal; resumed to the same sha256")]
 
 

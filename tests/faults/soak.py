@@ -12,10 +12,11 @@ from faults.common import DUE, Row, finish, left_by, said, start
 PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row]:
+def soak(steps: int = 3000, settled: int = 300, share: float = 0.05, plain: bool = True) -> list[Row]:
     """Watch the run's process from outside at every checkpoint: what it has in the last third of the steps after the
     first `settled`, beside the first third; the most of files and threads, and the least of disk and memory, which are
-    more while a step or a checkpoint is under way. Memory may differ by `share`.
+    more while a step or a checkpoint is under way. Memory may differ by `share`. `plain`: with PLAIN_MALLOC, else as
+    users have it, where what was freed stays resident.
     """
     import psutil
 
@@ -24,7 +25,7 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         settings = {**DUE, "max_steps": steps, "val_every": 50, "sample_every": 50, "checkpoint_every": 25,
                     "hellaswag_every": 100, "n_layer": 1}
         process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), fresh=True,
-                        **PLAIN_MALLOC)
+                        **(PLAIN_MALLOC if plain else {}))
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(0.02)
@@ -53,7 +54,8 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05) -> list[Row
         per_step = (folder / "log.jsonl").stat().st_size / steps
         assert sum(line["kind"] == "train" for line in lines) == steps and not left_by(folder)
         assert "warning" not in said(process)
-    return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints", 1,
+    return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints; glibc "
+                f"{'told to give back what is freed' if plain else 'as it is shipped, keeping what is freed'}", 1,
                 f"from step {settled} to {settled + third:,} -> in the last {third}: the least "
                 f"resident memory {memory:.0f} -> {memory_after:.0f} MiB, and disk beside log.jsonl and its picture "
                 f"{disk / 2**20:.1f} -> {disk_after / 2**20:.1f} MiB, the most open files {files} -> "
