@@ -11,12 +11,11 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
-import safetensors.torch
-import torch
 from conftest import ROOT, TINY, run, write_shards
 from faults.common import Row
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+import checkpoint
 import fineweb
 import hellaswag
 import runlog
@@ -134,7 +133,7 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             (folder / name).write_bytes(head + data)
             fuzz.call("shard", lambda: train_gpt2.DataLoaderLite(folder, "train", 2, 4).next_batch())
 
-        @test(data=st.one_of(st.binary(max_size=400), st.text(max_size=200).map(str.encode)))
+        @test(data=st.one_of(st.binary(max_size=400), st.text(min_size=60, max_size=200).map(str.encode)))
         def texts(data):
             path = fuzz.out / "text.txt"
             path.parent.mkdir(exist_ok=True)
@@ -153,15 +152,19 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             fuzz.call("HellaSwag file", lambda: list(hellaswag.iterate_examples(path=path)))
             fuzz.call("fineweb source", lambda: list(fineweb.read_jsonl(str(path), "text")))
 
-        weights = safetensors.torch.save({"wte.weight": torch.zeros(2, 3)})
-        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+        folder = fuzz.out / "model"
+        folder.mkdir(parents=True)
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=2))
+        checkpoint.write_transformers(folder, vars(model.config), model.state_dict(), {})
+        good = json.loads((folder / "config.json").read_text())
+        record = {"name": "x_train.npy", "documents": 1, "tokens": 9, "bytes": 146, "sha256": "0" * 64,
+                  "next": [0, 0, 0]}
+        good_manifest = {"node_rank": 0, "num_nodes": 1, "source": "x", "shards": [record]}
 
-        @test(config=st.one_of(JSON, st.fixed_dictionaries(dict.fromkeys(sizes, JSON))), manifest=JSON)
+        @test(config=changed(good), manifest=st.one_of(
+            changed(good_manifest), changed(record).map(lambda shard: {**good_manifest, "shards": [shard]})))
         def configurations(config, manifest):
-            folder = fuzz.out / "model"
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(config))
-            (folder / "model.safetensors").write_bytes(weights)
             fuzz.call("config.json", train_gpt2.load_model, folder)
             (folder / "manifest.json").write_text(json.dumps(manifest))
             fuzz.call("manifest", shards.read_record, folder / "manifest.json")
@@ -169,6 +172,11 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
         for each in (command_lines, shard_headers, texts, json_lines, configurations):
             each()
     return said("bad input in process, by hypothesis", fuzz)
+
+
+def changed(good: dict):
+    """Any JSON, or what is good with up to two of its values changed, as a strategy."""
+    return st.one_of(JSON, st.dictionaries(st.sampled_from(sorted(good)), JSON, max_size=2).map(lambda new: good | new))
 
 
 def npy(tokens) -> bytes:

@@ -98,6 +98,8 @@ def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds
     assert went_on(finish(process), newest), f"seed {seed}: {dict(places)}: not from step {newest}: {said(process)}"
     got = digest(folder)
     assert got == expected, f"seed {seed}: {dict(places)}: the run in {folder} differs\n{said(process)}"
+    if config.places:
+        assert newest, f"seed {seed}: no kill came after the first checkpoint"
     leftovers = [path.name for path in folder.glob("*.tmp")]
     assert not leftovers, f"seed {seed}: {leftovers} were left"
     shutil.rmtree(folder.parent)
