@@ -24,8 +24,9 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05, plain: bool
         folder, seen = Path(home) / "run", []
         settings = {**DUE, "max_steps": steps, "val_every": 50, "sample_every": 50, "checkpoint_every": 25,
                     "hellaswag_every": 100, "n_layer": 1}
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), fresh=True,
-                        **(PLAIN_MALLOC if plain else {}))
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, **settings), 1,
+                        "record:picture:1",  # a picture after each validation, from the first one on
+                        fresh=True, **(PLAIN_MALLOC if plain else {}))
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(0.02)
@@ -54,7 +55,7 @@ def soak(steps: int = 3000, settled: int = 300, share: float = 0.05, plain: bool
         per_step = (folder / "log.jsonl").stat().st_size / steps
         assert sum(line["kind"] == "train" for line in lines) == steps and not left_by(folder)
         assert "warning" not in said(process)
-    return [Row(f"{steps:,} steps with validation, HellaSwag, samples and checkpoints; glibc "
+    return [Row(f"{steps:,} steps with validation, HellaSwag, samples, pictures and checkpoints; glibc "
                 f"{'told to give back what is freed' if plain else 'as it is shipped, keeping what is freed'}", 1,
                 f"from step {settled} to {settled + third:,} -> in the last {third}: the least "
                 f"resident memory {memory:.0f} -> {memory_after:.0f} MiB, and disk beside log.jsonl and its picture "
