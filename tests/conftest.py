@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test leaves the machine
 os.environ["https_proxy"] = "http://127.0.0.1:9"  # where nobody answers; loopback is reached by http
 os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU does not yet use it: SERVER's children may
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script, and so in what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

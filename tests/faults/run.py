@@ -1,6 +1,6 @@
 """Break training in every way that DESIGN's promises speak of, and write down what happened.
 
-    python tests/faults/run.py --full     # the record: writes tests/FAULTS.md, about 40 minutes on two cores
+    python tests/faults/run.py --full     # the record: writes tests/FAULTS.md, about 50 minutes on two cores
     python tests/faults/run.py            # the small part that pytest runs too, to the screen
     python tests/faults/run.py --full --only disk,soak       # these parts of the record anew
 
