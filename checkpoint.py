@@ -77,7 +77,10 @@ def first_line(error: Exception) -> str:
 
 
 def load(path) -> dict:
-    """The state in the checkpoint `path`, tensors on the CPU; CheckpointError where it is not a whole checkpoint."""
+    """The state in the checkpoint `path`; CheckpointError if it is not a whole checkpoint.
+
+    Its tensors are pages of the file, read as they are used and shared by all ranks of a machine.
+    """
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise FileNotFoundError
@@ -87,7 +90,7 @@ def load(path) -> dict:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"checksum of {damaged} differs")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except MemoryError:

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 
 import machine
+from ranks import processes
 from runlog import UserError, parse_flags, plural, run_command
 from tokenizer import EOT, gpt2_encoding
-from train_gpt2 import GPT, VOCAB_SIZE, load_model, processes, stream_tokens
+from train_gpt2 import DTYPES, GPT, VOCAB_SIZE, load_model, stream_tokens
 
 LONGEST = 200_000  # characters of a prompt: tiktoken's stack overflows on a million spaces
 
@@ -41,7 +42,7 @@ class GenerateConfig:
     seed: int = 42  # of the draws: the same again gives the same text
     interactive: bool = False  # ask for prompts, each on its own, until Ctrl-D
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
 
     def __post_init__(self):
         for name, right, what in (
@@ -51,7 +52,7 @@ class GenerateConfig:
             ("top_k", 0 <= self.top_k < 2**31, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**63, "0 or more"),
-            ("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+            ("dtype", self.dtype in DTYPES, "auto, float32, bfloat16 or float16"),
         ):
             if not right:
                 raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
@@ -142,7 +143,7 @@ def main(argv: list[str]) -> None:
         print(f"{config.model}, {model.count_parameters():,} parameters; {machine.describe_device(device)}, "
               f"{str(dtype).removeprefix('torch.')}: {why}", file=sys.stderr)
         generator = torch.Generator(device).manual_seed(config.seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with machine.autocast(dtype, device):
             for prompt in prompts(config):
                 try:
                     answer(model, prompt, config, generator)

@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import machine
+from ranks import from_rank0, processes
 from runlog import Stopped, UserError, parse_flags, patiently, print0, progress_bar, run_command
 from shards import replace, sha256
 from tokenizer import gpt2_encoding
@@ -73,11 +74,11 @@ class HellaSwagConfig:
     batch_tokens: int = 0  # tokens of endings in a forward pass, of up to 16 passes in memory (0: 1024 on a CPU, 4096)
     out: str = ""  # file for each example's losses and predictions, .jsonl (empty: none)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
 
     def __post_init__(self):
         for name, known in (("split", ("val", "train")), ("style", STYLES),
-                            ("dtype", ("auto", "float32", "bfloat16"))):
+                            ("dtype", ("auto", "float32", "bfloat16", "float16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {' or '.join(known)}")
         if min(self.limit, self.batch_tokens) < 0:
@@ -182,23 +183,20 @@ def load_examples(split: str = "val", path: str | Path | None = None, limit: int
 
     UserError on every rank where rank 0 could not have them.
     """
-    found = [None]
-    if rank == 0:
+    def load() -> list[dict]:
         try:
             examples = iterate_examples(split, path, style)
-            found = [[example for _, example in zip(range(limit or sys.maxsize), examples)]]
-            if not found[0]:
+            found = [example for _, example in zip(range(limit or sys.maxsize), examples)]
+            if not found:
                 raise UserError(f"there are no examples in {path}")
             encode("")  # what encodes them is there too
+            return found
         except ModuleNotFoundError as error:
-            found = [f"{error}: run pip install -r requirements.txt"]
-        except (UserError, OSError) as error:
-            found = [str(error)]
-    if world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise UserError(found[0])
-    return found[0]
+            raise UserError(f"{error}: run pip install -r requirements.txt") from error
+        except OSError as error:
+            raise UserError(str(error)) from error
+
+    return from_rank0(load, rank, world_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +487,7 @@ def report(config: HellaSwagConfig, result: dict, block_size: int) -> None:
 
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
-    from train_gpt2 import load_model, processes
+    from train_gpt2 import load_model
 
     config = HellaSwagConfig(**parse_flags(HellaSwagConfig, argv, "Score a model on HellaSwag: acc and acc_norm."))
     if config.out:
@@ -504,7 +502,7 @@ def main(argv: list[str]) -> None:
                   f"{config.style} style; {machine.describe_device(device)}, "
                   f"{str(dtype).removeprefix('torch.')}: {why}", flush=True)
         with (progress_bar(len(examples), 0, " examples", quiet=rank > 0) as bar,
-              torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
+              machine.autocast(dtype, device)):
             result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,
                               lambda share: bar.update(int(share * len(examples)) - bar.n))
         if math.isnan(result["acc"]):

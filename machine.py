@@ -2,36 +2,36 @@
 
     pick_device(name, local_rank, world_size)    the torch.device of this process
     pick_dtype(name, device)                     (dtype of the matrix products, why)
-    pick_compile(wanted, device, seconds)        (whether to compile, why)
-    fresh_store(rank, world_size)                where ranks find each other
-    min_over_ranks(value, device, world_size)    what all ranks can agree on
+    autocast(dtype, device)                      the context in which they are computed in it
+    pick_compile(wanted, before, device, ...)    (whether to compile, why)
+    compiled(model, deterministic)               the model, compiled with the settings for it
+    count_fitting_windows(run, device, ...)      the largest micro-batch
     peak_flops(device, dtype)                    the denominator of MFU
     keep_freed_memory()                          no page faults for buffers of the last step
 """
 import contextlib
 import ctypes
-import datetime
 import os
 import re
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-# Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets; the first entry found in the device's name counts.
+# Dense bf16 TFLOP/s without sparsity (fp16 on cards that lack it), from NVIDIA's data sheets; the first entry found in
+# the device's name counts.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A10G": 70,
     "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 209,
-    "RTX 4090": 165, "RTX 3090": 71,
+    "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
 }
 
 
 def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
-    """The device of this process: `name`, or the best there is; OSError where it is not there."""
+    """The device of this process: `name`, or the best there is. Raises OSError if it is not there or cannot be used."""
     there = {"cpu": 1, "cuda": torch.cuda.device_count(),
              "mps": int(torch.backends.mps.is_available() and world_size == 1)}  # gloo cannot add up MPS tensors
     if name == "auto":
@@ -41,51 +41,133 @@ def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or (kind != "cpu" and index >= there[kind]):
         raise OSError(f"no device {name!r} for process {local_rank}: --device takes auto, cpu, cuda, cuda:N or mps; "
                       f"this machine has {there['cuda']} CUDA and {there['mps']} MPS devices for PyTorch")
-    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device(kind, index)
+    start_cuda(device)
+    return device
+
+
+def start_cuda(device: torch.device) -> None:
+    """Initialise CUDA. Raises OSError if the driver is too old for this PyTorch, or PyTorch has no code for the card.
+
+    device_count() asks the driver's management library, which also counts cards that cannot be used.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # less memory lost between blocks
+    this_torch = f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
+    other_torch = "install PyTorch for another CUDA (pytorch.org/get-started), or take --device cpu"
+    try:
+        torch.cuda.init()
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if torch.version.cuda and not has_code_for(capability, torch.cuda.get_arch_list()):
+            raise OSError(f"{this_torch} has no code for {device}, {name}, of compute capability {capability[0]}."
+                          f"{capability[1]}, only for {' '.join(torch.cuda.get_arch_list())}: {other_torch}")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise OSError(f"{device} is there, but {this_torch} cannot use it ({reason}): update the NVIDIA driver, "
+                      f"{other_torch}") from error
+
+
+def has_code_for(capability: tuple[int, int], arch_list: list[str]) -> bool:
+    """Whether code built for one of `arch_list`, such as sm_80 or compute_90, runs on a card of that capability.
+
+    Machine code (sm) runs within its major version from its minor version on, an intermediate one (compute) on all
+    later cards; with an `a` only on exactly that capability, with an `f` within the major version.
+    """
+    for entry in arch_list:
+        kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry).groups()
+        built_for = (int(major), int(minor))
+        any_major = kind == "compute" and not suffix
+        if built_for == capability:
+            return True
+        if suffix != "a" and built_for < capability and (any_major or built_for[0] == capability[0]):
+            return True
+    return False
+
+
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices of that dtype itself; emulation is slower than float32."""
+    if dtype == torch.float32:
+        return True
+    if device.type == "cuda":
+        if dtype == torch.bfloat16:
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 0)  # Volta's tensor cores
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # not in every version
+        return False
+    features = torch.cpu.get_capabilities()
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(features.get(f"avx512_{kind}") or features.get(f"amx_{kind}"))
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype of the matrix products, why): bfloat16 autocast only where the hardware multiplies it natively."""
+    """(dtype of the matrix products, why): bfloat16 if the hardware has it, float16 on older CUDA cards, or float32."""
     if name != "auto":
         return getattr(torch, name), "as configured"
-    features = {}
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in every version
-        features = torch.cpu.get_capabilities()
-    if ((device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-            or features.get("avx512_bf16") or features.get("amx_bf16")):
+    if is_native(torch.bfloat16, device):
         return torch.bfloat16, "autocast, native on this hardware"
+    if device.type == "cuda" and is_native(torch.float16, device):
+        return torch.float16, "autocast, as this card has no bfloat16"
     return torch.float32, "no native bfloat16 on this hardware"
 
 
-def pick_compile(wanted: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
-    """(whether to compile, why) for a run of about `seconds` without; a compiler is tried, not guessed."""
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which matrix products are computed in `dtype`; it can be entered again and again."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+def pick_compile(wanted: bool | None, before: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
+    """(whether to compile, why) for a run of about `seconds` without; a compiler is tried, not guessed.
+
+    `wanted` is what the user says, `before` what the resumed run did on such a machine; None if unknown. Raises OSError
+    only if the user wants it and no compiler works.
+    """
     if wanted is False:
         return False, "as configured"
-    if wanted is None and (device.type == "mps" or seconds < 600):
+    if wanted is None and before is False:
+        return False, "as in the run so far"
+    if wanted is None and not before and (device.type == "mps" or seconds < 600):
         return False, "on MPS" if device.type == "mps" else "the run is too short to repay it"
     try:
         torch.compile(lambda x: x * 2)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, Triton or header surfaces as any of a dozen types
         if wanted:
             raise OSError(f"--compile finds no working compiler ({type(error).__name__}): install a C++ compiler and "
-                            "Python's headers, or take --no-compile") from error
+                          "Python's headers, or take --no-compile") from error
         return False, f"no working compiler ({type(error).__name__})"
-    return True, "as configured" if wanted else "the run is long enough to repay it"
+    if wanted:
+        return True, "as configured"
+    return True, "as in the run so far" if before else "the run is long enough to repay it"
+
+
+def compiled(model: torch.nn.Module, deterministic: bool) -> torch.nn.Module:
+    """The model under torch.compile, for fixed shapes."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch._dynamo.config.optimize_ddp = False  # one graph: splitting it at DDP's buckets hides 2 % of a step at most
+    if deterministic and hasattr(torch._inductor.config, "deterministic"):  # not in every version
+        torch._inductor.config.deterministic = True
+    return torch.compile(model, dynamic=False)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that `device` can do at best in `dtype`.
+    """Floating-point operations per second that `device` can do at best in `dtype`.
 
-    From the table on known GPUs (float32 runs as TF32 there, at half of bf16); elsewhere the best of three matrix
-    products.
+    From the table on known GPUs (float32 runs as TF32 from Ampere on, at half of bf16); elsewhere the best of three
+    matrix products.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and (dtype != torch.float32 or torch.cuda.get_device_capability(device) >= (8, 0)):
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_TFLOPS.items():
             if re.search(rf"\b{known}\b", name):
-                return tflops * 1e12 * (1 if dtype == torch.bfloat16 else 0.5)
+                return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1)
     size = 8192 if device.type == "cuda" else 1536
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # random numbers: a GPU multiplies ones faster than it can train
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     seconds = []
     for _ in range(4):  # the first one warms up
         start = time.perf_counter()
@@ -94,37 +176,26 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def fresh_store(rank: int, world_size: int):
-    """The store over which ranks find each other, with a prefix that no earlier attempt of the job has used.
+def count_fitting_windows(run, device: torch.device, other_bytes: int) -> int:
+    """Windows per forward and backward pass that fit into 90 % of a GPU's free memory, 0 if not even one does.
 
-    torchrun keeps one store over restarts (pytorch/pytorch#135712): a rank could read there where one that is dead now
-    had listened, and wait for it for half an hour. Its count of restarts does not tell attempts apart, as each of
-    several torchruns counts its own. None without torchrun's store: then it is new each time.
+    run(B) is such a pass of B windows; the peaks of run(1) and run(2) are extrapolated. `other_bytes` come on top of
+    what run() needs. If two do not fit, the answer is 1, which training then tries.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          timeout=datetime.timedelta(minutes=30))
-    token, others = uuid.uuid4().hex.encode(), range(1, world_size)
-    store.set(f"token/{rank}", token)
-    for _ in range(90_000):  # half an hour
-        if rank == 0:
-            store.set("seen", b" ".join([token, *(store.get(f"token/{other}") for other in others)]))
-            if all(store.check([f"reply/{other}"]) and store.get(f"reply/{other}") == token for other in others):
-                return dist.PrefixStore(token.decode(), store)
-        elif token in (seen := store.get("seen").split()):  # rank 0 has seen this rank, not one of an earlier attempt
-            store.set(f"reply/{rank}", seen[0])
-            return dist.PrefixStore(seen[0].decode(), store)
-        time.sleep(0.02)
-    raise ConnectionError("the other ranks did not come within half an hour: are they all running?")
-
-
-def min_over_ranks(value: int, device, world_size: int) -> int:
-    """The smallest value any rank has: what all of them can agree on."""
-    smallest = torch.tensor(value, device=device)
-    if world_size > 1:
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+    peaks = []
+    try:
+        for B in (1, 1, 2):  # the first pass makes the gradients, the other two are measured
+            torch.cuda.reset_peak_memory_stats(device)
+            run(B)
+            peaks.append(torch.cuda.max_memory_allocated(device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    if len(peaks) < 3:
+        return max(0, len(peaks) - 1)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return max(1, fitting_windows(peaks[1:], other_bytes, free))
 
 
 def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
@@ -155,9 +226,9 @@ def memory_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; only CUDA has a type of its own for it."""
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+    """Whether an exception says that memory ran out: a type of its own, or one of the libraries' words for it."""
+    words = ("out of memory", "allocate memory", "not enough memory", "_ALLOC_FAILED", "CUDA calloc", "CUDA malloc")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in words)
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -165,11 +236,20 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def memory_remedy(micro_batch_size: int) -> str:
+def memory_remedy(micro_batch_size: int, activation_checkpointing: bool) -> str:
     """What to do about memory that ran out, in one line."""
-    remedy = (f"--micro_batch_size {micro_batch_size // 2}" if micro_batch_size > 1 else
-              "a smaller --model or --sequence_length and another --out_dir")
+    if micro_batch_size > 1:
+        remedy = f"--micro_batch_size {micro_batch_size // 2}"
+    elif not activation_checkpointing:
+        remedy = "--activation_checkpointing"
+    else:
+        remedy = "a smaller --model or --sequence_length and another --out_dir"
     return f"out of memory at a micro-batch of {max(1, micro_batch_size)}: run the same command with {remedy}"
+
+
+def device_kind(device: torch.device) -> str:
+    """What B and compile were chosen for: `cpu`, `mps`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def describe_device(device: torch.device) -> str:

@@ -273,27 +273,33 @@ class Tracker:
 class RunLog:
     """What a run says while it goes, on rank 0 only: lines on the screen, and one JSON object a line in log.jsonl.
 
-    Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped, and of evaluations those past
-    `seen`. Evaluation alone (max_steps 0) appends to eval.jsonl instead, so that it never touches the log of a training
-    run. loss.png is drawn anew after a validation, PICTURE_SECONDS apart or more, and report.md is written at the end:
+    Evaluation alone (max_steps 0) appends to eval.jsonl instead, so that it never touches the log of a training run.
+    loss.png is drawn anew after a validation, PICTURE_SECONDS apart or more, and report.md is written at the end:
     where that fails, one line says so and training goes on.
     """
 
-    def __init__(self, config, rank: int, step: int, seen: int, flops_per_step: float, peak: float):
+    def __init__(self, config, rank: int, flops_per_step: float, peak: float):
         self.config, self.rank, self.flops_per_step, self.peak = config, rank, flops_per_step, peak
         self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
         self.drawn = self.started  # when loss.png was, last
         self.seconds = math.nan  # moving average of a step's time
         self.torn = False  # whether the last write stopped within a line
         self.failed = set()  # what beside the log could not be written, said once
-        self.tracker = Tracker(config, step) if rank == 0 and config.logger and config.max_steps else None
+        self.tracker = None
         self.path = Path(config.out_dir) / ("log.jsonl" if config.max_steps else "eval.jsonl")
-        if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            check_inside(self.path)
-            if config.max_steps:
-                self._drop_after(step, seen)
-            self.file = open(self.path, "ab", buffering=0)
+
+    def open(self, step: int, seen: int) -> None:
+        """On rank 0: open the log and start the logger. Raises UserError or OSError if one of them cannot be had.
+
+        Lines past `step`, the step the run resumes from (-1: a fresh run), are dropped, and of evaluations those past
+        `seen`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_inside(self.path)
+        if self.config.max_steps:
+            self._drop_after(step, seen)
+            self.tracker = Tracker(self.config, step) if self.config.logger else None
+        self.file = open(self.path, "ab", buffering=0)
 
     def _drop_after(self, step: int, seen: int) -> None:
         """Keep the lines up to `step`, of evaluations up to `seen`; a line torn by a crash goes too."""
@@ -355,18 +361,26 @@ class RunLog:
             os.fsync(self.file.fileno())
         self._track(lambda: self.tracker.flush())
 
-    def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool) -> None:
-        """The `step`-th step is finished and took `seconds`; FloatingPointError after five in a row were skipped."""
+    def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool = False,
+              data_seconds: float = 0.0, scale: float | None = None) -> None:
+        """The `step`-th step is finished and took `seconds`, of them `data_seconds` to read what it was trained on.
+
+        `scale` is the gradient scaler's, of float16. Raises FloatingPointError after five skipped steps in a row, of
+        which those are not counted that a smaller scale can still mend.
+        """
         self.steps_here += 1  # the first step of a process compiles and warms up: the average forgets it
         self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds
         last, tokens = self.config.max_steps, step * self.config.total_batch_size
         tok_per_s, mfu = self.config.total_batch_size / seconds, self.flops_per_step / seconds / self.peak
+        overflow = scale is not None and scale >= 1 and not math.isfinite(norm)
+        reason = f"overflow at a gradient scale of {scale:,.0f}" if overflow else "not finite"
         print0(f"step {step:>{len(str(last))}}/{last} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                f"{seconds * 1000:,.0f} ms | {tok_per_s:,.0f} tok/s | MFU {mfu:.1%} | "
-               f"ETA {clock(self.seconds * (last - step))}{' | skipped: not finite' if skipped else ''}")
+               f"ETA {clock(self.seconds * (last - step))}{f' | skipped: {reason}' if skipped else ''}")
         self.write("train", step=step, tokens=tokens, loss=loss, lr=lr, norm=norm, dt_ms=seconds * 1000,
-                   tok_per_s=tok_per_s, mfu=mfu, **({"skipped": True} if skipped else {}))
-        self.bad_steps = self.bad_steps + 1 if skipped else 0
+                   data_ms=data_seconds * 1000, tok_per_s=tok_per_s, mfu=mfu,
+                   **({"scale": scale} if scale is not None else {}), **({"skipped": True} if skipped else {}))
+        self.bad_steps = self.bad_steps + (not overflow) if skipped else 0
         if self.bad_steps == 5:
             self.sync()
             raise FloatingPointError(

@@ -1,6 +1,7 @@
 """Token files: the shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files, checked as they open.
 
     open_tokens(data, split, shuffle)    [(name, tokens), ...] of a folder of shards or of a text file
+    announce(tokens, start, stop)        reads ahead
     ShardWriter(path, size)              a shard that has its name only once it is whole
     Manifest(folder)                     what the shards in a folder were made of, and their hashes
     verify(folder)                       compares the shards with it
@@ -119,6 +120,15 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
         if shuffle and hasattr(mmap, "MADV_RANDOM") and isinstance(tokens.base, mmap.mmap):
             tokens.base.madvise(mmap.MADV_RANDOM)
     return found
+
+
+def announce(tokens: np.ndarray, start: int, stop: int) -> None:
+    """Have the system read tokens[start:stop] of a mapped shard from the disk ahead of time; returns at once."""
+    if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        offset = tokens.offset % mmap.ALLOCATIONGRANULARITY  # of the first token within the mapping
+        first, end = (offset + position * tokens.itemsize for position in (start, stop))
+        first -= first % mmap.PAGESIZE
+        tokens.base.madvise(mmap.MADV_WILLNEED, first, min(end, len(tokens.base)) - first)
 
 
 def check_manifests(folder: Path) -> None:

@@ -7,7 +7,7 @@
 
 The same command again resumes. In reading order:
 
-    1 configuration          5 processes and devices
+    1 configuration          5 batch size
     2 model                  6 evaluation and sampling
     3 data                   7 checkpoints
     4 optimizer, schedule    8 training
@@ -15,10 +15,10 @@ The same command again resumes. In reading order:
 Shapes: B batch, T time, C channels, nh heads, hs head size (C = nh * hs), V vocabulary.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 import threading
 import time
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -38,6 +39,7 @@ import hellaswag
 import machine
 import runlog
 import shards
+from ranks import from_rank0, min_over_ranks, processes
 from runlog import Stopped, UserError, print0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +56,9 @@ MODELS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
     "demo": dict(n_layer=3, n_head=2, n_embd=64),  # 3M
 }
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -94,7 +99,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # keep a block's input alone and compute it again in backward: less memory
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, or bfloat16 autocast (auto: bfloat16 where the hardware has it)
+    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
 
     def __post_init__(self):
         def require(true: bool, name: str, what: str) -> None:
@@ -114,7 +119,7 @@ class TrainConfig:
         require(self.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
         require(self.recipe in RECIPES, "recipe", "one of " + ", ".join(RECIPES))
         require(self.decay in ("cosine", "linear"), "decay", "cosine or linear")
-        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
+        require(self.dtype in DTYPES, "dtype", "auto, float32, bfloat16 or float16")
         require(self.logger in ("", "tensorboard", "wandb", "trackio"), "logger", "tensorboard, wandb or trackio")
         require(self.hellaswag_every or not (self.hellaswag_data or self.hellaswag_limit), "hellaswag_every",
                 "more than 0, for example 60, with --hellaswag_data or --hellaswag_limit")
@@ -193,6 +198,9 @@ class KeyValueCache:
     def rows(self, index) -> "KeyValueCache":
         """A cache of its own for the rows `index` (R,) of the batch; a row may come more than once."""
         return KeyValueCache(self.buffer[:, index, :, :self.length], self.length)  # (2, R, nh, length, hs)
+
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CausalSelfAttention(nn.Module):
@@ -307,11 +315,13 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} positions, but the model has {self.config.block_size}")
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        for i, block in enumerate(self.transformer.h):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, use_reentrant=False)  # (B, T, C)
-            else:
-                x = block(x, cache[i] if cache else None)  # (B, T, C)
+        # With a cache each pass has a new shape, for which cuDNN's attention would first spend 25 ms or more on a plan.
+        with sdpa_kernel(WITHOUT_CUDNN) if cache else contextlib.nullcontext():
+            for i, block in enumerate(self.transformer.h):
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x = recompute(block, x, use_reentrant=False)  # (B, T, C)
+                else:
+                    x = block(x, cache[i] if cache else None)  # (B, T, C)
         return self.transformer.ln_f(x)
 
     def make_cache(self) -> list[KeyValueCache]:
@@ -392,6 +402,7 @@ class DataLoaderLite:
             for start in (0, len(shard) // 2, max(0, len(shard) - 1024)):  # a sample: reading all would take minutes
                 self._check(shard[start:start + 1024], name)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)  # a batch can straddle two epochs
+        self.seconds = 0.0
         self.reset()
 
     def _check(self, tokens, name) -> None:
@@ -403,24 +414,43 @@ class DataLoaderLite:
         """The windows in the order of `epoch`, from the one generator whose streams NumPy has frozen for good."""
         return np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
 
-    def _window(self, index: int) -> np.ndarray:
-        """The T+1 tokens of the `index`-th window since the start of training."""
+    def _find(self, index: int) -> tuple[int, int]:
+        """Where the `index`-th window since the start of training lies: (shard, first token)."""
         epoch, window = divmod(index, self.n_windows)
         if self.shuffle:
             window = self._order(epoch)[window]
         shard = int(np.searchsorted(self.ends, window, side="right"))
-        start = int(window - (self.ends[shard - 1] if shard else 0)) * self.T
+        return shard, int(window - (self.ends[shard - 1] if shard else 0)) * self.T
+
+    def _window(self, index: int) -> np.ndarray:
+        """The T+1 tokens of the `index`-th window since the start of training."""
+        shard, start = self._find(index)
         tokens = self.shards[shard][start:start + self.T + 1]
         self._check(tokens, self.names[shard])
         return tokens
 
     def next_batch(self):
         """(x, y), uint16 tensors of shape (B, T) on the CPU: windows position + rank*B and the B-1 after it."""
+        began = time.perf_counter()
         first = self.position + self.rank * self.B
         windows = np.stack([self._window(first + i) for i in range(self.B)])  # (B, T+1)
         self.position += self.world_size * self.B
         x, y = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # (B, T) each
+        self.seconds += time.perf_counter() - began
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def announce(self, batches: int) -> None:
+        """Tell the system that this rank's next `batches` will be read soon, so that it fetches them meanwhile."""
+        for batch in range(batches):
+            first = self.position + (batch * self.world_size + self.rank) * self.B
+            for index in range(first, first + self.B):
+                shard, start = self._find(index)
+                shards.announce(self.shards[shard], start, start + self.T + 1)
+
+    def take_seconds(self) -> float:
+        """Seconds spent in next_batch() since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def reset(self) -> None:
         """Start again at the first window."""
@@ -501,59 +531,28 @@ def get_lr(step: int, config: TrainConfig) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Processes and devices. One process a GPU under torchrun, one alone otherwise; memory decides B, never the result.
+# 5. Batch size. B is what fits into the memory; gradient accumulation makes up the rest, so B never decides the result.
 # ---------------------------------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def processes(device: str, deterministic: bool = False):
-    """Join torchrun's process group, where there is one, while the context lasts; gives rank, world_size, device."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    values = [os.environ.get(name, alone) for name, alone in names.items()]
-    can_meet = values[2] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]) or not can_meet:
-        raise UserError(f"{', '.join(names)} are {', '.join(values)}: use torchrun, or unset these variables")
-    rank, local_rank, world_size = map(int, values)
-    device = machine.pick_device(device, local_rank, world_size)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cpu":
-        machine.keep_freed_memory()  # 1.1 to 1.8 times the tokens/s
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if world_size > 1:
-        on_cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", store=machine.fresh_store(rank, world_size), rank=rank,
-                                world_size=world_size, device_id=device if on_cuda else None)
-    yield rank, world_size, device
-    if world_size > 1:  # not where a rank has failed: tearing down would wait for the others before the error is told
-        dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
-        dist.destroy_process_group()
-
-
 def pick_micro_batch_size(model: GPT, config: TrainConfig, device, autocast, world_size: int) -> int:
-    """B: the largest divisor of a rank's windows a step that fits, the same on every rank.
+    """B: the largest divisor of a rank's windows per step that fits, the same on every rank.
 
-    CUDA: the peak of the plain model at B=1 and B=2 with gradients in place, extrapolated to 90 % of the free memory,
-    with room for two optimizer moments. Elsewhere: at most 2,048 tokens, as more gain nothing on a CPU.
+    CUDA: from the peak memory of the plain model at B=1 and B=2, with room for AdamW's two moments and, with several
+    ranks, DDP's buckets (4 bytes per parameter each). Elsewhere: at most 2,048 tokens, as more gain nothing on a CPU.
     """
     T, fits = config.sequence_length, max(1, 2048 // config.sequence_length)
     if device.type == "cuda":
-        peaks = []
-        for B in (1, 1, 2):  # the first pass makes the gradients, the other two are measured
-            torch.cuda.reset_peak_memory_stats(device)
+        def run(B: int) -> None:
             idx = torch.zeros(B, T, dtype=torch.int64, device=device)  # (B, T)
             batch_loss(model, idx, idx, autocast).backward()
-            peaks.append(torch.cuda.max_memory_allocated(device))
+
+        copies = 3 if world_size > 1 else 2
+        fits = machine.count_fitting_windows(run, device, 4 * copies * model.count_parameters())
         model.zero_grad(set_to_none=True)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        fits = machine.fitting_windows(peaks[1:], 8 * model.count_parameters(), free)
-        torch.cuda.empty_cache()
-    fits = machine.min_over_ranks(fits, device, world_size)
+    fits = min_over_ranks(fits, device, world_size)
     if fits < 1:
-        raise UserError(f"not one window of {T} tokens fits on {device}: take a smaller --model or --sequence_length")
+        raise UserError(f"not one window of {T} tokens fits on {device}: take --activation_checkpointing, or a smaller "
+                        "--model or --sequence_length")
     windows = count_micro_steps(config, world_size)  # of this rank; B is still open
     return next(B for B in range(min(fits, windows), 0, -1) if windows % B == 0)
 
@@ -638,8 +637,9 @@ def stream_tokens(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: 
     cache = [layer.rows(owners) for layer in cache] if idx.size(1) < block_size else None
     for i in range(max_new_tokens):
         if i > 0:
-            fits = idx.size(1) <= block_size  # else all positions have shifted: cached keys and values are stale
-            new, cache = (idx[:, -1:], cache) if fits else (idx[:, -block_size:], None)
+            new = idx[:, -1:]  # (B, 1)
+            if idx.size(1) > block_size:  # all positions have shifted: cached keys and values are stale
+                new, cache = idx[:, -block_size:], model.make_cache()
             h = model.hidden_states(new, cache)[:, -1]  # (B, C)
         logits = model.lm_head(h)[:, :VOCAB_SIZE].float()  # (B, V)
         likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each, in falling order
@@ -688,32 +688,45 @@ FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "activation_checkpoin
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
     """The newest whole state in out_dir: rank 0 chooses the file, every rank reads it."""
-    path, state = checkpoint.newest(config.out_dir, print0) if rank == 0 else (None, None)
-    if path is None and rank == 0 and checkpoint.listing(config.out_dir):
-        raise UserError(f"no checkpoint in {config.out_dir} is whole: move them away, or change --out_dir")
-    if world_size > 1:
-        name = [str(path) if path else None]
-        dist.broadcast_object_list(name, src=0)
-        state = checkpoint.load(name[0]) if rank > 0 and name[0] else state
-    return state
+    states = {}
+
+    def choose() -> str | None:
+        path, states[0] = checkpoint.newest(config.out_dir, print0)
+        if path is None and checkpoint.listing(config.out_dir):
+            raise UserError(f"no checkpoint in {config.out_dir} is whole: move them away, or change --out_dir")
+        return path and str(path)
+
+    path = from_rank0(choose, rank, world_size)
+    if rank == 0:
+        return states[0]
+    return checkpoint.load(path) if path else None
 
 
-def adopt_choices(config: TrainConfig, stored: dict, world_size: int) -> None:
-    """Check that `config` continues the run of `stored`; take over what it leaves open: dtype, B and compile."""
-    config.dtype = stored.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+def adopt_choices(config: TrainConfig, stored: dict, device: torch.device, world_size: int) -> bool | None:
+    """Check that `config` continues the run of `stored`, and take over what it leaves open: the dtype always, B only on
+    the same kind of device at the same number of ranks. Returns whether the run was compiled there, None elsewhere.
+    """
+    if config.dtype == "auto":
+        config.dtype = stored.get("dtype", "auto")
+        if config.dtype != "auto" and not machine.is_native(getattr(torch, config.dtype), device):
+            raise UserError(f"the run in {config.out_dir} is trained in {config.dtype}, which {device} cannot multiply "
+                            f"natively: go on where it can, add --dtype {config.dtype} to go on here, far slower, or "
+                            f"begin a new run from its weights: --init_from {config.out_dir} and another --out_dir")
     for name, value in asdict(config).items():
         if name not in FREE_TO_CHANGE and stored.get(name, value) != value:
             raise UserError(f"the run in {config.out_dir} has --{name} {stored[name]}, not {value}: go on with that, "
                             "or choose another --out_dir for a new run")
-    if stored.get("world_size") == world_size:
-        config.micro_batch_size = config.micro_batch_size or stored["micro_batch_size"]
-        config.compile = stored["compile"] if config.compile is None else config.compile
+    if (stored.get("device_kind", "cpu"), stored.get("world_size")) != (machine.device_kind(device), world_size):
+        return None
+    if not config.micro_batch_size and stored.get("activation_checkpointing") == config.activation_checkpointing:
+        config.micro_batch_size = stored["micro_batch_size"]
+    return stored["compile"]
 
 
 def build_model(config: TrainConfig, state: dict | None) -> GPT:
     """The model a run starts from: the checkpoint's, else the one to import, else one with fresh weights."""
     if state:
-        model = model_with(state["model_config"], state["model"], config.out_dir)
+        model = model_with(state["model_config"], state.pop("model"), config.out_dir)
     elif config.init_from:
         model = load_model(config.init_from)
     else:
@@ -725,27 +738,32 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
     return model
 
 
-def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, log0, step: int, val_loss: float, last: bool,
-                    evaluated: bool = True, prune: bool = True) -> None:
+def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, scaler, log0, step: int, val_loss: float,
+                    last: bool, evaluated: bool = True, prune: bool = True) -> None:
     """Rank 0 writes the state after `step` steps, and whether what is due after them has been evaluated.
 
-    Old checkpoints go if `prune`. A full disk, or a weight that is not finite, is a warning, or an error where this is
-    the `last` try.
+    Old checkpoints go if `prune`. A full disk, or a weight that is not finite, is a warning; on the `last` try it is an
+    OSError on every rank.
     """
-    if rank > 0:
-        return
-    try:
-        log0.sync()
-        checkpoint.save(train_config["out_dir"], step, {
-            "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "train_config": train_config,
-            "model_config": asdict(raw_model.config), "step": step, "val_loss": val_loss, "evaluated": evaluated,
-            "position": step * (train_config["total_batch_size"] // train_config["sequence_length"])})
-        if prune:
-            checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
-    except OSError as error:
-        print0(f"warning: {error}; the checkpoints before it stay")
-        if last:
-            raise
+    def write() -> None:
+        try:
+            log0.sync()
+            checkpoint.save(train_config["out_dir"], step, {
+                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "train_config": train_config, "model_config": asdict(raw_model.config), "step": step,
+                "val_loss": val_loss, "evaluated": evaluated,
+                "position": step * (train_config["total_batch_size"] // train_config["sequence_length"])})
+            if prune:
+                checkpoint.prune(train_config["out_dir"], train_config["keep_checkpoints"], step)
+        except OSError as error:
+            print0(f"warning: {error}; the checkpoints before it stay")
+            if last:
+                raise
+
+    if last:
+        from_rank0(write, rank, train_config["world_size"])
+    elif rank == 0:
+        write()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,12 +779,13 @@ def main(config: TrainConfig) -> float:
     config = dataclasses.replace(config)  # choices made below are written into this copy
     try:
         with (processes(config.device, config.deterministic) as (rank, world_size, device),
-              runlog.stop_signal(obey=config.max_steps > 0) as stop,
-              checkpoint.lock(config.out_dir) if rank == 0 and config.max_steps else contextlib.nullcontext()):
+              runlog.stop_signal(obey=config.max_steps > 0) as stop, contextlib.ExitStack() as held):
+            if config.max_steps:
+                from_rank0(lambda: held.enter_context(checkpoint.lock(config.out_dir)), rank, world_size)
             return train(config, rank, world_size, device, stop)
     except (RuntimeError, MemoryError) as error:
         if machine.is_out_of_memory(error):
-            raise UserError(machine.memory_remedy(config.micro_batch_size)) from error
+            raise UserError(machine.memory_remedy(config.micro_batch_size, config.activation_checkpointing)) from error
         if machine.is_lost_connection(error):
             raise ConnectionError("the connection to another rank is lost, see what that one says; the same command "
                                   f"goes on from the last checkpoint ({error})") from error
@@ -780,8 +799,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     resuming = bool(state and config.max_steps)  # evaluation alone resumes nothing
     start_step, val_loss = (state["step"], state["val_loss"]) if resuming else (0, math.nan)
     seen = start_step if resuming and state.get("evaluated", True) else start_step - 1  # its evaluation is in the log
-    if resuming:
-        adopt_choices(config, state["train_config"], world_size)
+    was_compiled = adopt_choices(config, state["train_config"], device, world_size) if resuming else None
     torch.manual_seed(config.seed)
     raw_model = build_model(config, state).to(device)
     raw_model.activation_checkpointing = config.activation_checkpointing
@@ -790,7 +808,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     # precision and batch
     dtype, why_dtype = machine.pick_dtype(config.dtype, device)
     config.dtype = str(dtype).removeprefix("torch.")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = machine.autocast(dtype, device)
     if not config.micro_batch_size:
         config.micro_batch_size = pick_micro_batch_size(raw_model, config, device, autocast, world_size)
     grad_accum_steps = count_micro_steps(config, world_size)
@@ -807,26 +825,30 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     flops_per_step = raw_model.flops_per_token(config.sequence_length) * config.total_batch_size
     peak = machine.peak_flops(device, dtype) * world_size
     seconds = (config.max_steps - start_step) * flops_per_step / (0.4 * peak)  # a run at 40 % of the peak
-    compile_it, why_compile = machine.pick_compile(config.compile, device, seconds)
-    config.compile = bool(machine.min_over_ranks(int(compile_it), device, world_size))
-    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
+    compile_it, why_compile = machine.pick_compile(config.compile, was_compiled, device, seconds)
+    config.compile = bool(min_over_ranks(int(compile_it), device, world_size))
+    model = machine.compiled(raw_model, config.deterministic) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small gradients would be 0 in float16
     if resuming:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state.pop("optimizer"), device)
+        scaler.load_state_dict(state.get("scaler"))
         train_loader.load_state_dict({**state["train_config"], "position": state["position"]})
-    del state  # a second copy of all weights and moments
+    del state
 
     runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
                       why_dtype, why_compile, origin, resuming)
-    log0 = runlog.RunLog(config, rank, start_step if resuming else -1, seen, flops_per_step, peak)
+    log0 = runlog.RunLog(config, rank, flops_per_step, peak)
+    from_rank0(lambda: log0.open(start_step if resuming else -1, seen), rank, world_size)
     if seen < config.max_steps or not config.max_steps:  # a finished run only repeats its result
         log0.write("run", config=asdict(config), versions=machine.versions(), device=machine.describe_device(device),
                    origin=origin, ranks=world_size, command=runlog.command_line(), model=asdict(raw_model.config),
                    data=shards.describe(config.data, val_loader.shards, config.val_tokens))
-    train_config = {**asdict(config), "world_size": world_size, "n_windows": train_loader.n_windows}
-    save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, log0)
+    train_config = {**asdict(config), "world_size": world_size, "device_kind": machine.device_kind(device),
+                    "n_windows": train_loader.n_windows}
+    save = functools.partial(save_checkpoint, rank, train_config, raw_model, optimizer, scaler, log0)
     x, y = to_device(train_loader.next_batch(), device)  # (B, T) each
     stopping, finite = False, True
     try:
@@ -854,26 +876,36 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                 sync = world_size == 1 or micro_step == grad_accum_steps - 1  # ranks add up their gradients once a step
                 with contextlib.nullcontext() if sync else model.no_sync():
                     loss = batch_loss(model, x, y, autocast) / grad_accum_steps
-                    loss.backward()
+                    scaler.scale(loss).backward()
                 loss_sum += loss.detach()
                 x, y = to_device(train_loader.next_batch(), device)  # read while the device still computes
+            train_loader.announce(grad_accum_steps)  # the disk reads the next step's windows while this one computes
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-            loss, norm = (total / world_size for total in read_on_host([loss_sum, norm], stop, world_size))
+            totals = read_on_host([loss_sum, norm, scaler.scale(torch.ones_like(norm))], stop, world_size)
+            loss, norm, scale = (total / world_size for total in totals)
             lr = get_lr(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:  # else this step changes no weight on any rank
                 optimizer.step()
+            scaler.update()  # half the scale after gradients that were not finite, twice after 2,000 good steps
             raw_model.zero_grad(set_to_none=True)
 
             # diagnostics only from here on
-            log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite)
+            log0.train(step + 1, loss, lr, norm, time.perf_counter() - t0, skipped=not finite,
+                       data_seconds=train_loader.take_seconds(), scale=scale if scaler.is_enabled() else None)
     except Stopped:  # between micro-steps, or within an evaluation, which is then done again when the run is resumed
         stopping = True
         save(step, val_loss, last=True, evaluated=step <= seen, prune=finite)
     log0.end(step, val_loss, stopping)
     return val_loss
+
+
+def load_optimizer(optimizer, moments: dict, device: torch.device) -> None:
+    """Give the optimizer the state in a checkpoint, whose tensors are pages of its file until they are copied."""
+    optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
 
 
 def due(step: int, every: int, last_step: bool) -> bool:

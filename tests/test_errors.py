@@ -34,7 +34,7 @@ def error_of(arguments, cwd=None, **environment) -> str:
     (["--seed", "99999999999"], "--seed is 99999999999, it must be a number from 0 to 2**32 - 1"),
     (["--model", "gpt5"], "--model is 'gpt5', it must be one of gpt2, gpt2-medium"),
     (["--optimizer", "sgd"], "--optimizer is 'sgd', it must be adamw or muon"),
-    (["--dtype", "float16"], "--dtype is 'float16', it must be auto, float32 or bfloat16"),
+    (["--dtype", "int8"], "--dtype is 'int8', it must be auto, float32, bfloat16 or float16"),
     (["--n_embd", "33", "--n_head", "2"], "n_embd 33 must be a multiple of n_head 2"),
     (["--data", "nowhere"], "no data 'nowhere': --data takes a folder of token shards or a text file"),
     (["--init_from", "gpt5"], "no model 'gpt5': name a folder, a .pt file or one of gpt2"),

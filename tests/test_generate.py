@@ -257,7 +257,7 @@ def test_a_reader_that_leaves_ends_it_quietly(folder):
     (["--top_p", "1.5"], "--top_p is 1.5, it must be more than 0 and at most 1"),
     (["--seed", "-1"], "--seed is -1, it must be 0 or more"),
     (["--interactive", "--prompt", "x"], "--interactive asks for prompts: leave --prompt out"),
-    (["--dtype", "int8"], "--dtype is 'int8', it must be auto, float32 or bfloat16"),
+    (["--dtype", "int8"], "--dtype is 'int8', it must be auto, float32, bfloat16 or float16"),
     (["--model", "gpt3"], "no model 'gpt3': name a folder, a .pt file or one of gpt2, gpt2-medium"),
     (["--model", "."], "holds neither a whole checkpoint nor a transformers model"),
     (["--prompt", "x" * 100_000 + " " * 100_001], "the prompt has 200,001 characters: take its end"),

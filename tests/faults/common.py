@@ -114,7 +114,7 @@ def kill_all(process) -> None:
 
 
 def digest(folder: Path, step: int = STEPS) -> str:
-    """The sha256 of a finished run: weights, optimizer, position, and every loss, norm, score and sample in its log."""
+    """The sha256 of a finished run: weights, optimizer, scaler, position, and all that its log has of every step."""
     hashed = hashlib.sha256()
 
     def add(value) -> None:
@@ -131,11 +131,11 @@ def digest(folder: Path, step: int = STEPS) -> str:
             hashed.update(repr(value).encode())
 
     state = checkpoint.load(Path(folder) / f"model_{step:06d}.pt")
-    add({key: state[key] for key in ("model", "optimizer", "position", "step", "val_loss")})
+    add({key: state[key] for key in ("model", "optimizer", "scaler", "position", "step", "val_loss")})
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] != "run":
-            add({key: value for key, value in line.items() if key not in ("dt_ms", "tok_per_s", "mfu")})
+            add({key: value for key, value in line.items() if key not in ("dt_ms", "data_ms", "tok_per_s", "mfu")})
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps == list(range(1, step + 1)), f"the log's steps are {steps}"
     return hashed.hexdigest()

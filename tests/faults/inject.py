@@ -108,13 +108,13 @@ class Tearing:
 
 
 def tear_log() -> None:
-    original = runlog.RunLog.__init__
+    original = runlog.RunLog.open
 
-    def init(self, *arguments):
+    def open_log(self, *arguments):
         original(self, *arguments)
-        self.file = Tearing(self.file) if self.rank == 0 else None
+        self.file = Tearing(self.file)
 
-    runlog.RunLog.__init__ = init
+    runlog.RunLog.open = open_log
 
 
 def hurt_validation() -> None:

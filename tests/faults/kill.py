@@ -1,6 +1,6 @@
 """Kill training at random moments, run the same command again, and compare with a run that nothing disturbed.
 
-    python tests/faults/kill.py --kills 200 --seed 1 --ranks 1        # also --compile, --optimizer muon
+    python tests/faults/kill.py --kills 200 --seed 1 --ranks 1        # also --compile, --dtype float16
 
 Moments: any time while it trains, any time since the process began, in the middle of a checkpoint's write, before it
 is renamed, after that and before older ones are deleted, in half a line of the log, in validation, HellaSwag and a
@@ -41,6 +41,7 @@ class KillConfig:
     places: str = ""  # where to kill, in turn, such as write,rename,log (empty: as chance has it)
     optimizer: str = "adamw"  # adamw or muon
     compile: bool = False  # torch.compile
+    dtype: str = "float32"  # float32, bfloat16 or float16
 
 
 def kill_once(arguments, ranks: int, chance: random.Random, seconds: float, wanted: str = "") -> tuple[str, str]:
@@ -104,7 +105,7 @@ def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds
 
 def kills(config: KillConfig, workers: int = 1) -> Row:
     """Rounds until there were config.kills kills, `workers` at a time -> the line for FAULTS.md."""
-    changes = {"optimizer": config.optimizer, "compile": config.compile or None, "n_layer": 1}
+    changes = {"optimizer": config.optimizer, "compile": config.compile or None, "dtype": config.dtype, "n_layer": 1}
     chance, places, rounds = random.Random(config.seed), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         process = start(run_flags(Path(folder) / "whole", **changes), config.ranks)
@@ -120,7 +121,8 @@ def kills(config: KillConfig, workers: int = 1) -> Row:
                 rounds += 1
                 print(f"{places.total()} of {config.kills} kills: {dict(places)}", flush=True)
     name = ", ".join([f"{config.ranks} {runlog.plural(config.ranks, 'rank')}", config.optimizer,
-                      *(["torch.compile"] if config.compile else [])])
+                      *(["torch.compile"] if config.compile else []),
+                      *([config.dtype] if config.dtype != "float32" else [])])
     where = ", ".join(f"{n} {place}" for place, n in sorted(places.items()))
     return Row(f"SIGKILL, {name}", places.total(),
                f"{rounds} runs ended with the sha256 of an undisturbed one ({where})")

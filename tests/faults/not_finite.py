@@ -9,11 +9,11 @@ from faults.common import Row, checkpoint_steps, finish, start
 import checkpoint
 
 
-def skipped(value: str, where: str, optimizer: str, ranks: int) -> None:
+def skipped(value: str, where: str, optimizer: str, ranks: int, dtype: str = "float32") -> None:
     """One bad step, the fourth: the weights after it are those before it, on every rank, and training goes on."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer,
+        process = start(flags(data=write_shards(Path(home) / "data"), out_dir=folder, optimizer=optimizer, dtype=dtype,
                               micro_batch_size=4 // ranks, checkpoint_every=1, keep_checkpoints=9), ranks,
                         f"{value}:{where}:7:rank{ranks - 1}", WEIGHTS=str(Path(home) / "weights"))
         finish(process)
@@ -25,6 +25,8 @@ def skipped(value: str, where: str, optimizer: str, ranks: int) -> None:
         assert len(set(hashes[0])) == 5
         assert checkpoint_steps(folder) == [1, 2, 3, 4, 5, 6]
         assert equal(folder, 3, 4) and not equal(folder, 4, 5)
+        if dtype == "float16":
+            assert [line["scale"] for line in lines] == [65536] * 4 + [32768] * 2
 
 
 def finite(weight: torch.Tensor) -> bool:
@@ -69,15 +71,17 @@ def not_finite(full: bool = False) -> list[Row]:
     """All of it, or one of each kind."""
     cases = [(value, where, optimizer, ranks) for optimizer in ("adamw", "muon") for ranks in (1, 2)
              for value in ("nan", "inf") for where in ("loss", "gradient")]
+    cases += [("inf", "gradient", optimizer, 2, "float16") for optimizer in ("adamw", "muon")]
     if not full:
-        cases = [("inf", "gradient", "muon", 1), ("nan", "loss", "adamw", 2)]
+        cases = [("inf", "gradient", "muon", 1), ("nan", "loss", "adamw", 2), cases[-2]]
     for case in cases:
         skipped(*case)
     runs = [("adamw", 2), ("muon", 1), *([("adamw", 1), ("muon", 2)] if full else [])]
     for case in runs:
         five_in_a_row(*case)
     bad_weights()
-    return [Row("nan or inf in one rank's loss or gradient; 1 and 2 ranks, AdamW and Muon", len(cases),
+    return [Row("nan or inf in one rank's loss or gradient; 1 and 2 ranks, AdamW and Muon, float16 too",
+                len(cases),
                 "no weight and no moment changed on any rank, the step is logged as skipped, training went on"),
             Row("nan in every step from the fourth on", len(runs), "stopped with code 1 after five, naming step 8, the "
                 "loss and 1,024 tokens; the checkpoint before them stays, with --keep_checkpoints 1 too"),

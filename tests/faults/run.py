@@ -24,7 +24,7 @@ from faults.disk import disk
 from faults.fuzz import fuzz
 from faults.kill import PASSES, KillConfig, kills
 from faults.not_finite import not_finite
-from faults.ranks import a_killed_worker, a_raising_rank, another_world, two_agents
+from faults.several_ranks import a_killed_worker, a_raising_rank, another_world, two_agents
 from faults.signals import a_second_signal, one_rank_alone, signals, the_demo
 from faults.soak import soak
 from faults.two_runs import two_runs
@@ -39,9 +39,12 @@ PARTS = {
     "kill": ("SIGKILL anywhere", {
         "1_rank": lambda: [kills(KillConfig(kills=5, places="write,rename,log,validation,prune"))],
         "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2, places="write,update", seed=25))],
+        "float16": lambda: [kills(KillConfig(kills=2, places="update,rename", dtype="float16", seed=7))],
     }, lambda: [kills(KillConfig(**config), workers=2) for config in (
         dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=30, optimizer="muon", seed=3),
-        dict(kills=16, compile=True, seed=4, places=",".join(PASSES)))]),
+        dict(kills=16, compile=True, seed=4, places=",".join(PASSES)),
+        dict(kills=20, dtype="float16", seed=5), dict(kills=8, ranks=2, dtype="float16", seed=6),
+        dict(kills=8, ranks=2, compile=True, seed=8, places="write,update,validation,rename"))]),
     "signals": ("Signals", {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
         "2_ranks": lambda: signals(2, ("TERM",), ("validation",)),

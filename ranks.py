@@ -1,0 +1,101 @@
+"""The processes of one run: how they start, find each other, agree, and hear of an error on rank 0.
+
+    processes(device, deterministic)          a context that gives (rank, world_size, device)
+    from_rank0(action, rank, world_size)      what action() returns or raises on rank 0, on every rank
+    min_over_ranks(value, device, world_size) what all ranks can agree on
+"""
+import contextlib
+import datetime
+import os
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+import machine
+from runlog import UserError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
+
+
+@contextlib.contextmanager
+def processes(device: str, deterministic: bool = False):
+    """Join torchrun's process group, if there is one, while the context lasts; gives rank, world_size, device."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    values = [os.environ.get(name, alone) for name, alone in names.items()]
+    can_meet = values[2] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[2]) or not can_meet:
+        raise UserError(f"{', '.join(names)} are {', '.join(values)}: use torchrun, or unset these variables")
+    rank, local_rank, world_size = map(int, values)
+    device = machine.pick_device(device, local_rank, world_size)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        machine.keep_freed_memory()  # 1.1 to 1.8 times the tokens/s
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if world_size > 1:
+        on_cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=fresh_store(rank, world_size), rank=rank,
+                                world_size=world_size, device_id=device if on_cuda else None, timeout=TIMEOUT)
+    yield rank, world_size, device
+    if world_size > 1:  # skipped on errors: a barrier would wait for ranks that are gone and hide the error
+        dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
+        dist.destroy_process_group()
+
+
+def fresh_store(rank: int, world_size: int):
+    """The store over which ranks find each other, with a prefix that no earlier attempt of the job has used.
+
+    torchrun keeps one store over restarts (pytorch/pytorch#135712): a rank could read there where one that is dead now
+    had listened, and wait for it for half an hour. Its count of restarts does not tell attempts apart, as each of
+    several torchruns counts its own. None without torchrun's store: then it is new each time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+    token, others = uuid.uuid4().hex.encode(), range(1, world_size)
+    store.set(f"token/{rank}", token)
+    for _ in range(90_000):  # half an hour
+        if rank == 0:
+            store.set("seen", b" ".join([token, *(store.get(f"token/{other}") for other in others)]))
+            if all(store.check([f"reply/{other}"]) and store.get(f"reply/{other}") == token for other in others):
+                return dist.PrefixStore(token.decode(), store)
+        elif token in (seen := store.get("seen").split()):  # rank 0 has seen this rank, not one of an earlier attempt
+            store.set(f"reply/{rank}", seen[0])
+            return dist.PrefixStore(seen[0].decode(), store)
+        time.sleep(0.02)
+    raise ConnectionError("the other ranks did not come within half an hour: are they all running?")
+
+
+def from_rank0(action, rank: int, world_size: int):
+    """Run action() on rank 0 and return its result, which must be small and picklable, on every rank.
+
+    If it raises UserError or OSError, all ranks raise with the same message: a rank that knew nothing would wait in its
+    next collective until the job is killed.
+    """
+    if world_size == 1:
+        return action()
+    outcome, raised = [None, ""], None
+    if rank == 0:
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            raised, outcome[1] = error, str(error) or type(error).__name__
+    dist.broadcast_object_list(outcome, src=0)
+    result, message = outcome
+    if message:
+        raise raised or UserError(message)
+    return result
+
+
+def min_over_ranks(value: int, device, world_size: int) -> int:
+    """The smallest value any rank has: what all of them can agree on."""
+    smallest = torch.tensor(value, device=device)
+    if world_size > 1:
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)

@@ -1,0 +1,97 @@
+"""--dtype float16: a gradient scaler that overflows are left to, and that resumes and several ranks agree on."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags, read_log, run
+from test_train import PoisonedLoss, assert_same_run, final_state, train_in_process
+
+import train_gpt2
+
+EACH = {"dtype": "float16", "checkpoint_every": 1, "keep_checkpoints": 99}
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Call it with numbers of steps, counted from 1 in each process, whose gradient shall not be finite."""
+    original, state = train_gpt2.batch_loss, {"calls": 0, "steps": set()}
+
+    def poisoned(model, x, y, autocast):
+        loss = original(model, x, y, autocast)
+        if not loss.requires_grad:
+            return loss
+        state["calls"] += 1  # of which a step has two
+        return PoisonedLoss.apply(loss) if (state["calls"] + 1) // 2 in state["steps"] else loss
+
+    monkeypatch.setattr(train_gpt2, "batch_loss", poisoned)
+    return lambda steps: state.update(calls=0, steps=set(steps))
+
+
+def test_losses_are_those_of_float32_and_the_scaler_is_in_log_and_checkpoint(shard_folder, tmp_path):
+    for dtype in ("float32", "float16"):
+        result = run(flags(data=shard_folder, out_dir=tmp_path / dtype, dtype=dtype))
+        assert result.returncode == 0, result.stderr
+        assert f"dtype | {dtype}" in result.stdout
+    losses = [[line["loss"] for line in read_log(tmp_path / dtype, "train")] for dtype in ("float32", "float16")]
+    np.testing.assert_allclose(*losses, atol=0.01, rtol=0)
+    assert losses[0] != losses[1]
+    assert all(weight.dtype == torch.float32 for weight in final_state(tmp_path / "float16")["model"].values())
+    assert [line["scale"] for line in read_log(tmp_path / "float16", "train")] == [65536] * 6
+    scaler = final_state(tmp_path / "float16")["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (65536, 6)
+    assert final_state(tmp_path / "float32")["scaler"] == {}
+    assert not any("scale" in line for line in read_log(tmp_path / "float32", "train"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_overflow_halves_the_scale_changes_nothing_and_is_logged(optimizer, shard_folder, tmp_path, poison, capsys):
+    poison([3, 4])
+    _, out = train_in_process(tmp_path, data=shard_folder, optimizer=optimizer, **EACH)
+    lines = read_log(out, "train")
+    assert [line["scale"] for line in lines] == [65536] * 3 + [32768, 16384, 16384]
+    assert [bool(line.get("skipped")) for line in lines] == [False, False, True, True, False, False]
+    assert "skipped: overflow at a gradient scale of 65,536\n" in capsys.readouterr().out
+    weights = [final_state(out, step)["model"]["lm_head.weight"] for step in (2, 4, 5)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_overflows_stop_the_run_only_five_steps_after_the_scale_has_fallen_below_1(shard_folder, tmp_path, poison):
+    poison(range(3, 12))  # nine in a row
+    _, out = train_in_process(tmp_path, data=shard_folder, **EACH, max_steps=13)
+    assert sum(line.get("skipped", False) for line in read_log(out, "train")) == 9
+    poison(range(3, 99))
+    halvings = int(math.log2(65536)) + 1  # until it is 1/2
+    with pytest.raises(FloatingPointError, match=f"five steps in a row .* step {2 + halvings + 5} "):
+        train_in_process(tmp_path, data=shard_folder, **EACH, max_steps=50)
+
+
+def test_a_bad_loss_with_a_good_gradient_is_no_overflow(shard_folder, tmp_path, monkeypatch):
+    original = train_gpt2.batch_loss
+    monkeypatch.setattr(train_gpt2, "batch_loss", lambda *arguments: (
+        (loss := original(*arguments)) + (math.nan - loss).detach()))
+    with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 5 "):
+        train_in_process(tmp_path, data=shard_folder, dtype="float16", max_steps=50)
+
+
+def test_the_scaler_s_state_is_resumed(shard_folder, tmp_path, poison):
+    """The overflow is in step 3; the run that goes on from step 4 has the scale that came of it, and the same bits."""
+    poison([3])
+    _, whole = train_in_process(tmp_path, data=shard_folder, **EACH)
+    poison([3])
+    _, resumed = train_in_process(tmp_path, data=shard_folder, **EACH)
+    for step in (5, 6):
+        (resumed / f"model_{step:06d}.pt").unlink()
+    poison([])
+    train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=resumed, **EACH)))
+    assert_same_run(whole, resumed)
+    states = [final_state(folder)["scaler"] for folder in (whole, resumed)]
+    assert states[0] == states[1] and (states[0]["scale"], states[0]["_growth_tracker"]) == (32768, 3)
+
+
+def test_float16_goes_with_activation_checkpointing_samples_and_evaluation(shard_folder, tmp_path):
+    loss, out = train_in_process(tmp_path, data=shard_folder, dtype="float16", activation_checkpointing=True,
+                                 sample_every=3)
+    assert "no sample" not in read_log(out, "sample")[-1]["text"]
+    again = train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16", max_steps=0)))
+    assert again == loss
