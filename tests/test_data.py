@@ -1,5 +1,9 @@
 """DataLoaderLite against a plain list of windows: partitions, order, formats, and what is refused."""
+import ctypes
+import mmap
+import os
 import resource
+import sys
 import time
 
 import numpy as np
@@ -9,6 +13,7 @@ from conftest import ROOT, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import shards
 from shards import DataError
 from tokenizer import gpt2_encoding
 from train_gpt2 import DataLoaderLite, UserError
@@ -186,3 +191,51 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     np.save(path, tokens)
     with pytest.raises(UserError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
         DataLoaderLite(folder, "train", 1, 100)
+
+
+@pytest.mark.parametrize("world_size, shuffle", [(1, True), (2, True), (3, False)])
+def test_the_windows_announced_are_those_of_the_next_step(world_size, shuffle, shard_folder, monkeypatch):
+    """Over two epochs, for each rank; and announcing them changes no token."""
+    announced = []
+    monkeypatch.setattr(shards, "announce", lambda tokens, start, stop: announced.append(tuple(tokens[start:stop])))
+    for rank in range(world_size):
+        loader, silent = (DataLoaderLite(shard_folder, "train", 4, 16, rank, world_size, 5, shuffle) for _ in range(2))
+        for _ in range(25):
+            announced.clear()
+            loader.announce(3)
+            read = take(loader, 3)
+            assert announced == [(*x, y[-1]) for x, y in read]
+            assert read == take(silent, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux's mincore and posix_fadvise")
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+def test_an_announced_window_comes_into_memory_before_it_is_read(suffix, tmp_path):
+    path, tokens = tmp_path / f"train{suffix}", np.arange(2**22, dtype=np.uint32).astype(np.uint16)
+    with open(path, "wb") as file:
+        if suffix == ".npy":
+            np.save(file, tokens)
+        else:
+            file.write(np.array([20240520, 1, len(tokens), *[0] * 253], dtype=np.int32).tobytes() + tokens.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    np.save(tmp_path / "val.npy", tokens[:100])
+    (_, mapped), = shards.open_tokens(tmp_path, "train", shuffle=True)
+    start, stop = 3_000_000, 3_001_025
+    address = mapped.ctypes.data + 2 * start
+
+    def resident() -> list[bool]:
+        first, pages = address - address % mmap.PAGESIZE, (ctypes.c_ubyte * 8)()
+        length = address + 2 * (stop - start) - first
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), pages) == 0
+        return [bool(page & 1) for page in pages[:-(-length // mmap.PAGESIZE)]]
+
+    if any(resident()):
+        pytest.skip("the file system of the temporary folder keeps all of it in memory")
+    shards.announce(mapped, start, stop)
+    end = time.monotonic() + 30
+    while not all(resident()):
+        assert time.monotonic() < end, "it has not been read within 30 s"
+        time.sleep(0.001)
+    assert np.array_equal(mapped[start:stop], tokens[start:stop])

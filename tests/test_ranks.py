@@ -1,0 +1,91 @@
+"""Several ranks: errors of rank 0 alone reach all of them, and torch.compile changes nothing that a rank computes."""
+import numpy as np
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, flags, read_log, run
+from test_train import assert_same_run, final_state
+
+import checkpoint
+import ranks
+
+pytestmark = pytest.mark.dist
+INJECT = ROOT / "tests" / "faults" / "inject.py"
+
+LAST_SAVE_FAILS = """
+import sys
+import checkpoint, runlog, train_gpt2
+original = checkpoint.save
+def save(folder, step, state):
+    if step == 6:
+        raise checkpoint.CheckpointError("cannot write model_000006.pt, is the disk full?")
+    return original(folder, step, state)
+checkpoint.save = save
+runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
+
+
+def refused_by_both(arguments, message, **options) -> None:
+    """The job ends with torchrun's code, and both ranks say the same line: one that was not told would be mute."""
+    result = run(arguments, 2, **options)
+    assert result.returncode == 1, result.stdout + result.stderr
+    said = {line.split("error: ", 1)[1] for line in result.stderr.splitlines() if line.startswith("rank ")
+            and ": error: " in line}
+    assert len(said) == 1 and message in said.pop(), result.stderr
+    for rank in (0, 1):
+        assert f"rank {rank}: error: " in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("fault", ["no whole checkpoint", "lock", "log", "last save"])
+def test_an_error_of_rank_0_alone_is_raised_on_every_rank(fault, shard_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = flags(data=shard_folder, out_dir=out)
+    if fault == "no whole checkpoint":
+        (out / "model_000005.pt").write_bytes(b"nothing")
+        refused_by_both(arguments, "no checkpoint in")
+    elif fault == "lock":
+        with checkpoint.lock(out):
+            refused_by_both(arguments, "another run is training into")
+    elif fault == "log":
+        (out / "log.jsonl").mkdir()
+        refused_by_both(arguments, "log.jsonl is not a file: move it away")
+    else:
+        script = tmp_path / "fail.py"
+        script.write_text(LAST_SAVE_FAILS)
+        refused_by_both(arguments, "cannot write model_000006.pt", script=script)
+        assert [path.name for path in checkpoint.listing(out)] == ["model_000002.pt", "model_000004.pt"]
+
+
+def test_ranks_wait_for_each_other_for_half_an_hour(monkeypatch):
+    """HellaSwag's download is on rank 0 alone; NCCL's own limit is ten minutes."""
+    given = {}
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with ranks.processes("cpu") as (rank, world_size, _):
+        assert (rank, world_size) == (0, 2)
+    assert given["timeout"].total_seconds() == 1800
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer, activation_checkpointing", [("adamw", False), ("adamw", True), ("muon", False)])
+def test_two_compiled_ranks_have_the_losses_of_eager_ones_and_are_resumed_bit_by_bit(
+        optimizer, activation_checkpointing, shard_folder, tmp_path):
+    """A rank is killed in the fifth update; what goes on from step 4 compiles anew, into a cache of its own."""
+    changes = {"data": shard_folder, "micro_batch_size": 2, "optimizer": optimizer,
+               "activation_checkpointing": activation_checkpointing}
+    for name in ("eager", "whole", "killed"):
+        fault = {"script": INJECT, "FAULT": "kill:update:5"} if name == "killed" else {}
+        result = run(flags(**changes, out_dir=tmp_path / name, compile=name != "eager"), 2, **fault,
+                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        assert result.returncode == int(name == "killed"), result.stderr
+    losses = [[line["loss"] for line in read_log(tmp_path / name, "train")] for name in ("eager", "whole")]
+    np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+    assert final_state(tmp_path / "whole")["train_config"]["compile"] is True
+    result = run(flags(**changes, out_dir=tmp_path / "killed", compile=None), 2,  # the stored choice is taken over
+                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "another"))
+    assert "resumed after step 4" in result.stdout and "compile | yes: as in the run so far" in result.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
