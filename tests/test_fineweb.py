@@ -15,15 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, flags, run
+from conftest import ENCODING, ROOT, flags, needs, run
 from hub import COMMIT, hub
 
 import fineweb
 from runlog import UserError
 from tokenizer import EOT, gpt2_encoding
+
+pytestmark = needs(*ENCODING, "datasets", "pyarrow", "gigatoken", "awkward")
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
 SCRIPT = ROOT / "fineweb.py"
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")

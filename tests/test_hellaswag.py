@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command, flags, read_log, run
+from conftest import ENCODING, ROOT, command, flags, needs, read_log, run
 from hub import hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,8 @@ from hellaswag import cut_rows, evaluate, iterate_examples, render_example
 from runlog import UserError
 from tokenizer import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig
+
+pytestmark = needs(*ENCODING, "transformers")
 
 OURS = Path(__file__).with_name("hellaswag_examples.jsonl")  # 30 examples of our own in the official schema
 CPU = torch.device("cpu")
@@ -214,6 +216,7 @@ def save_tokenizer(folder: Path) -> None:
     GPT2Tokenizer(str(vocabulary() / "encoder.json"), str(vocabulary() / "vocab.bpe")).save_pretrained(folder)
 
 
+@needs("lm_eval")
 def test_the_harness_style_is_lm_eval_s_prediction_by_prediction(gpt2_folder, tmp_path):
     folder, _ = gpt2_folder
     save_tokenizer(folder)

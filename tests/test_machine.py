@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, flags, read_log, run
+from conftest import ENCODING, ROOT, flags, needs, read_log, run
 
 import machine
 import train_gpt2
+from sampling import stream_tokens
 from train_gpt2 import GPT, GPTConfig, TrainConfig, UserError
 
 GiB = 2**30
@@ -50,12 +51,13 @@ def test_a_driver_that_is_too_old_is_told_in_one_line_and_the_cpu_can_be_named(s
     """The driver's management library counts one card, and CUDA does not start."""
     script = tmp_path / "old_driver.py"
     script.write_text(OLD_DRIVER)
-    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", device=None), script=script)
+    real = {"script": script, "PYTORCH_NVML_BASED_CUDA_CHECK": "0"}  # as users have it
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", device=None), **real)
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: cuda:0 is there, but PyTorch") and "is too old (found version 12020)" in line
     assert "update the NVIDIA driver" in line and "take --device cpu" in line
-    assert run(flags(data=shard_folder, out_dir=tmp_path / "out", device="cpu"), script=script).returncode == 0
+    assert run(flags(data=shard_folder, out_dir=tmp_path / "out", device="cpu"), **real).returncode == 0
 
 
 def test_a_card_for_which_pytorch_has_no_code_is_told(card):
@@ -131,16 +133,20 @@ def test_compiling_follows_the_user_then_the_run_so_far_then_its_length(monkeypa
         assert machine.pick_compile(None, before, cpu, 9999) == (False, "no working compiler (FileNotFoundError)")
 
 
-def test_a_compiled_model_is_one_graph_and_deterministic_where_asked(monkeypatch):
+def test_a_compiled_model_is_one_graph_of_its_dtype_and_deterministic_where_asked(monkeypatch):
     import torch._dynamo.config
     import torch._inductor.config
+    import torch.compiler.config
 
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
-    machine.compiled(torch.nn.Linear(2, 2), deterministic=False)
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    machine.compiled(torch.nn.Linear(2, 2), torch.bfloat16, deterministic=False)
     assert torch._dynamo.config.optimize_ddp is False and torch._inductor.config.deterministic is False
-    machine.compiled(torch.nn.Linear(2, 2), deterministic=True)
+    tags = {torch.compiler.config.cache_key_tag}
+    machine.compiled(torch.nn.Linear(2, 2), torch.float16, deterministic=True)
     assert torch._inductor.config.deterministic is True
+    assert torch.compiler.config.cache_key_tag not in tags  # what was compiled for another dtype is not taken
 
 
 class Memory:
@@ -226,7 +232,8 @@ def test_the_peak_is_the_table_s_or_measured_on_random_numbers(card, monkeypatch
     assert len(factors) == 4 and all(0.9 < factor.std() < 1.1 for factor in factors)
 
 
-def test_attention_of_cudnn_is_for_training_alone(shard_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=needs(*ENCODING))])
+def test_attention_of_cudnn_is_for_training_alone(evaluated, shard_folder, tmp_path, monkeypatch):
     """In every pass of the real loop: whether gradients are kept, and whether cuDNN's attention is allowed."""
     passes, original = [], torch.nn.functional.scaled_dot_product_attention
 
@@ -235,21 +242,26 @@ def test_attention_of_cudnn_is_for_training_alone(shard_folder, tmp_path, monkey
         return original(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
-    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=1)
-    train_gpt2.main(train_gpt2.parse_args(arguments))
-    assert set(passes) == {(True, True), (False, True)}  # training and validation
-    passes.clear()
-    arguments = flags(data=shard_folder, out_dir=tmp_path / "out2", max_steps=1, sample_every=1, hellaswag_every=1,
-                      hellaswag_limit=2, hellaswag_data=ROOT / "tests" / "hellaswag_examples.jsonl")
-    train_gpt2.main(train_gpt2.parse_args(arguments))
-    assert (False, False) in passes  # samples and HellaSwag
+    changes = {"sample_every": 1, "hellaswag_every": 1, "hellaswag_limit": 2,
+               "hellaswag_data": ROOT / "tests" / "hellaswag_examples.jsonl"} if evaluated else {}
+    train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=tmp_path, max_steps=1, **changes)))
+    training_and_validation, samples_and_hellaswag = {(True, True), (False, True)}, {(False, False)}
+    assert set(passes) == training_and_validation | (samples_and_hellaswag if evaluated else set())
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
+
+def test_attention_of_cudnn_is_off_while_a_token_is_made_and_not_between_tokens(monkeypatch):
+    passes, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recording(*arguments, **options):
+        passes.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
     model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
-    passes.clear()
-    for _ in train_gpt2.stream_tokens(model, torch.zeros(1, 3, dtype=torch.int64), 12):  # past the block, too
+    for _ in stream_tokens(model, torch.zeros(1, 3, dtype=torch.int64), 12):  # past the block, too
         assert torch.backends.cuda.cudnn_sdp_enabled(), "the switch outlasts a step of the generator"
-    assert set(passes) == {(False, False)} and len(passes) == 12
+    assert passes == [False] * 12
 
 
 RESIDENT = """

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, generate, load_model
+from sampling import generate
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import TINY, flags, once, read_log, run, write_shards
+from conftest import ENCODING, TINY, flags, needs, once, read_log, run, write_shards
 from hub import hub
 from test_hellaswag import OURS
 from test_model import random_gpt2
@@ -18,6 +18,8 @@ from test_train import run_until
 import report
 from fineweb import FINEWEB_EDU
 from plot import read_log as lines_of
+
+pytestmark = needs(*ENCODING)
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}  # of TINY
 

@@ -5,9 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import ENCODING, needs
 
 import tokenizer
 from tokenizer import EOT, gpt2_encoding
+
+pytestmark = needs(*ENCODING)
 
 # from tiktoken's tests: what GPT-2's encoding makes of a run of zeros, by its length
 ZEROS = {1: [15], 2: [405], 3: [830], 4: [2388], 5: [20483], 6: [10535], 7: [24598], 8: [8269], 9: [10535, 830],

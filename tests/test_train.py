@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, flags, read_log, run, write_shards
+from conftest import ENCODING, ROOT, TINY, command, flags, needs, python_path, read_log, run, write_shards
 
 import checkpoint
 import train_gpt2
@@ -359,10 +359,10 @@ def test_help_names_every_field_with_its_default():
 
 
 @pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "export_hf", "generate", "hellaswag", "machine",
-                                    "plot", "report", "runlog", "shards", "tokenizer"])
+                                    "plot", "ranks", "report", "runlog", "sampling", "shards", "tokenizer"])
 def test_importing_is_silent_and_leaves_nothing(module, tmp_path):
     result = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+                            env={**os.environ, "PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": "1"})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -390,6 +390,7 @@ def test_a_log_without_a_checkpoint_is_kept(shard_folder, tmp_path):
     assert len(read_log(out, "train")) == 6
 
 
+@needs(*ENCODING)
 def test_a_reader_that_leaves_and_an_ascii_terminal_do_no_harm(shard_folder, tmp_path):
     arguments = flags(data=shard_folder, out_dir=tmp_path / "out", sample_every=2, sample_prompt="café")
     process = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,

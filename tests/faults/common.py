@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conftest import ROOT, Forked, command, flags, write_shards
+from conftest import ROOT, Forked, command, flags, python_path, write_shards
 
 import checkpoint
 
@@ -43,7 +43,7 @@ def start(arguments, ranks: int = 1, fault: str = "", options=(), fresh: bool = 
         at = words.index("--standalone")
         words[at:at + 2] = options
     output = tempfile.TemporaryFile()
-    environment = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "FAULT": fault, "PYTHONPATH": python_path(), **environment}
     if forking and not fresh:
         process = Forked(words[1:], output, output, environment)
     else:

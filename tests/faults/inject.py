@@ -26,6 +26,7 @@ import checkpoint
 import hellaswag
 import plot
 import runlog
+import sampling
 import train_gpt2
 
 what, where, when, *rest = os.environ["FAULT"].split(":")
@@ -144,7 +145,7 @@ def record_tokens() -> None:
 
 
 def hurt_sample() -> None:
-    original = train_gpt2.stream_tokens
+    original = sampling.stream_tokens
 
     def stream_tokens(*arguments, **options):
         for i, token in enumerate(original(*arguments, **options)):
@@ -152,7 +153,7 @@ def hurt_sample() -> None:
                 act()
             yield token
 
-    train_gpt2.stream_tokens = stream_tokens
+    sampling.stream_tokens = stream_tokens
 
 
 def hurt_write() -> None:
