@@ -96,3 +96,17 @@ def test_float16_goes_with_activation_checkpointing_samples_and_evaluation(shard
     assert "no sample" not in read_log(out, "sample")[-1]["text"]
     again = train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16", max_steps=0)))
     assert again == loss
+
+
+@pytest.mark.slow
+def test_what_was_compiled_for_bfloat16_is_not_taken_for_float16(shard_folder, tmp_path):
+    """PyTorch 2.11 keeps compiled graphs under a key without autocast's dtype: one cache for both runs."""
+    losses = {}
+    for dtype, compiled in (("bfloat16", True), ("float16", True), ("float16", False), ("bfloat16", False)):
+        out = tmp_path / f"{dtype}-{compiled}"
+        result = run(flags(data=shard_folder, out_dir=out, dtype=dtype, compile=compiled, n_layer=1, max_steps=3),
+                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        assert result.returncode == 0, result.stderr
+        losses[dtype, compiled] = np.array([line["loss"] for line in read_log(out, "train")])
+    apart = abs(losses["float16", False] - losses["bfloat16", False]).max()
+    assert abs(losses["float16", True] - losses["float16", False]).max() < apart / 4

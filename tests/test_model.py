@@ -213,7 +213,8 @@ def test_memory_that_is_freed_is_kept_for_the_next_step():
             "    torch.ones(2**24)\n"  # 64 MiB
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    keep, give = (int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT, text=True,
-                                              env={**environment, "THP_MEM_ALLOC_ENABLE": "1"}))
-                  for how in ("keep", "give"))
+    keep, give = (min(int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT, text=True,
+                                                  env={**environment, "THP_MEM_ALLOC_ENABLE": "1"}))
+                      for _ in range(tries)) for how, tries in (("keep", 3), ("give", 1)))
+    # the least of three: a system short of memory takes huge pages apart meanwhile, and counts that too
     assert keep < 10 and give > 10 * 2**5 * 0.9  # 64 MiB are 32 huge pages, or 16,384 small ones
