@@ -43,7 +43,7 @@ class GenerateConfig:
     seed: int = 42  # of the draws: the same again gives the same text
     interactive: bool = False  # ask for prompts, each on its own, until Ctrl-D
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
+    dtype: str = "auto"  # precision of matrix products: float32, or autocast to bfloat16 or float16 (auto: by hardware)
 
     def __post_init__(self):
         for name, right, what in (

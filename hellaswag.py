@@ -74,7 +74,7 @@ class HellaSwagConfig:
     batch_tokens: int = 0  # tokens of endings in a forward pass, of up to 16 passes in memory (0: 1024 on a CPU, 4096)
     out: str = ""  # file for each example's losses and predictions, .jsonl (empty: none)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
+    dtype: str = "auto"  # precision of matrix products: float32, or autocast to bfloat16 or float16 (auto: by hardware)
 
     def __post_init__(self):
         for name, known in (("split", ("val", "train")), ("style", STYLES),

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -58,13 +59,18 @@ def start_cuda(device: torch.device) -> None:
     this_torch = f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
     other_torch = "install PyTorch for another CUDA (pytorch.org/get-started), or take --device cpu"
     try:
-        torch.cuda.init()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own words about old cards, a dozen lines
+            torch.cuda.init()
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         if torch.version.cuda and not has_code_for(capability, torch.cuda.get_arch_list()):
             raise OSError(f"{this_torch} has no code for {device}, {name}, of compute capability {capability[0]}."
                           f"{capability[1]}, only for {' '.join(torch.cuda.get_arch_list())}: {other_torch}")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        if is_out_of_memory(error):
+            raise OSError(f"{device} has no free memory: stop the process that holds it (nvidia-smi shows it), or take "
+                          "another --device") from error
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise OSError(f"{device} is there, but {this_torch} cannot use it ({reason}): update the NVIDIA driver, "
                       f"{other_torch}") from error
@@ -73,8 +79,8 @@ def start_cuda(device: torch.device) -> None:
 def has_code_for(capability: tuple[int, int], arch_list: list[str]) -> bool:
     """Whether code built for one of `arch_list`, such as sm_80 or compute_90, runs on a card of that capability.
 
-    Machine code (sm) runs within its major version from its minor version on, an intermediate one (compute) on all
-    later cards; with an `a` only on exactly that capability, with an `f` within the major version.
+    Machine code (sm) runs on its minor version and later ones of the same major version, intermediate code (compute) on
+    every later card. With an `a` it runs on exactly that capability, with an `f` within its major version.
     """
     for entry in arch_list:
         kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry).groups()
@@ -85,6 +91,9 @@ def has_code_for(capability: tuple[int, int], arch_list: list[str]) -> bool:
         if suffix != "a" and built_for < capability and (any_major or built_for[0] == capability[0]):
             return True
     return False
+
+
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # GPUs that have one also have those before it
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
@@ -169,7 +178,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if re.search(rf"\b{known}\b", name):
                 return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1)
     size = 8192 if device.type == "cuda" else 1536
-    generator = torch.Generator(device).manual_seed(0)  # random numbers: a GPU multiplies ones faster than it can train
+    generator = torch.Generator(device).manual_seed(0)  # products of ones draw less power: a GPU clocks higher
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     seconds = []
     for _ in range(4):  # the first one warms up

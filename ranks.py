@@ -73,7 +73,7 @@ def fresh_store(rank: int, world_size: int):
 
 
 def from_rank0(action, rank: int, world_size: int):
-    """Run action() on rank 0 and return its result, which must be small and picklable, on every rank.
+    """Run action() on rank 0 and return its result, which must be picklable, on every rank.
 
     If it raises UserError or OSError, all ranks raise with the same message: a rank that knew nothing would wait in its
     next collective until the job is killed.

@@ -363,10 +363,10 @@ class RunLog:
 
     def train(self, step: int, loss: float, lr: float, norm: float, seconds: float, skipped: bool = False,
               data_seconds: float = 0.0, scale: float | None = None) -> None:
-        """The `step`-th step is finished and took `seconds`, of them `data_seconds` to read what it was trained on.
+        """Log the `step`-th step, which took `seconds`, `data_seconds` of them to read its data.
 
-        `scale` is the gradient scaler's, of float16. Raises FloatingPointError after five skipped steps in a row, of
-        which those are not counted that a smaller scale can still mend.
+        `scale` is the gradient scaler's (float16). Raises FloatingPointError after five skipped steps in a row; an
+        overflow at a scale of 1 or more does not count.
         """
         self.steps_here += 1  # the first step of a process compiles and warms up: the average forgets it
         self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds

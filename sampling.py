@@ -75,7 +75,7 @@ def generate(model, idx, max_new_tokens: int, temperature=1.0, top_k: int | None
 
 
 def sample_text(model, prompt: str, autocast, device) -> str:
-    """What the model makes of the prompt in 32 tokens, the same draw each time; a note where it cannot be told."""
+    """Sample 32 tokens after the prompt with a fixed seed; return a note if the encoding is missing."""
     try:
         encoding = gpt2_encoding()
     except (ImportError, OSError) as error:

@@ -128,7 +128,8 @@ def announce(tokens: np.ndarray, start: int, stop: int) -> None:
         offset = tokens.offset % mmap.ALLOCATIONGRANULARITY  # of the first token within the mapping
         first, end = (offset + position * tokens.itemsize for position in (start, stop))
         first -= first % mmap.PAGESIZE
-        tokens.base.madvise(mmap.MADV_WILLNEED, first, min(end, len(tokens.base)) - first)
+        with contextlib.suppress(OSError):  # it is only a hint
+            tokens.base.madvise(mmap.MADV_WILLNEED, first, min(end, len(tokens.base)) - first)
 
 
 def check_manifests(folder: Path) -> None:

@@ -100,7 +100,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # keep a block's input alone and compute it again in backward: less memory
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # float32, or autocast to bfloat16 or float16 (auto: the best that this hardware multiplies)
+    dtype: str = "auto"  # precision of matrix products: float32, or autocast to bfloat16 or float16 (auto: by hardware)
 
     def __post_init__(self):
         def require(true: bool, name: str, what: str) -> None:
@@ -613,27 +613,29 @@ FREE_TO_CHANGE = {"micro_batch_size", "device", "compile", "activation_checkpoin
 
 def find_checkpoint(config: TrainConfig, rank: int, world_size: int) -> dict | None:
     """The newest whole state in out_dir: rank 0 chooses the file, every rank reads it."""
-    states = {}
+    state = None
 
     def choose() -> str | None:
-        path, states[0] = checkpoint.newest(config.out_dir, print0)
+        nonlocal state
+        path, state = checkpoint.newest(config.out_dir, print0)
         if path is None and checkpoint.listing(config.out_dir):
             raise UserError(f"no checkpoint in {config.out_dir} is whole: move them away, or change --out_dir")
-        return path and str(path)
+        return str(path) if path else None
 
     path = from_rank0(choose, rank, world_size)
-    if rank == 0:
-        return states[0]
-    return checkpoint.load(path) if path else None
+    return state if rank == 0 or not path else checkpoint.load(path)
 
 
 def adopt_choices(config: TrainConfig, stored: dict, device: torch.device, world_size: int) -> bool | None:
-    """Check that `config` continues the run of `stored`, and take over what it leaves open: the dtype always, B only on
-    the same kind of device at the same number of ranks. Returns whether the run was compiled there, None elsewhere.
+    """Check that `config` continues the run of `stored`. Take over its dtype and, on the same kind of device and number
+    of ranks, its B. Returns whether that run was compiled, None if device or ranks differ.
     """
+    def on_all_ranks(true: bool) -> bool:
+        return bool(min_over_ranks(int(true), device, world_size))
+
     if config.dtype == "auto":
         config.dtype = stored.get("dtype", "auto")
-        if config.dtype != "auto" and not machine.is_native(getattr(torch, config.dtype), device):
+        if config.dtype != "auto" and not on_all_ranks(machine.is_native(getattr(torch, config.dtype), device)):
             raise UserError(f"the run in {config.out_dir} is trained in {config.dtype}, which {device} cannot multiply "
                             f"natively: go on where it can, add --dtype {config.dtype} to go on here, far slower, or "
                             f"begin a new run from its weights: --init_from {config.out_dir} and another --out_dir")
@@ -641,9 +643,10 @@ def adopt_choices(config: TrainConfig, stored: dict, device: torch.device, world
         if name not in FREE_TO_CHANGE and stored.get(name, value) != value:
             raise UserError(f"the run in {config.out_dir} has --{name} {stored[name]}, not {value}: go on with that, "
                             "or choose another --out_dir for a new run")
-    if (stored.get("device_kind", "cpu"), stored.get("world_size")) != (machine.device_kind(device), world_size):
+    same_kind = on_all_ranks(stored.get("device_kind", "cpu") == machine.device_kind(device))
+    if not same_kind or stored.get("world_size") != world_size:
         return None
-    if not config.micro_batch_size and stored.get("activation_checkpointing") == config.activation_checkpointing:
+    if not config.micro_batch_size and stored.get("activation_checkpointing", False) == config.activation_checkpointing:
         config.micro_batch_size = stored["micro_batch_size"]
     return stored["compile"]
 
@@ -661,6 +664,11 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
         raise UserError(f"--sequence_length {config.sequence_length} is more than the model's "
                         f"{model.config.block_size} positions: take that or less")
     return model
+
+
+def load_optimizer(optimizer, moments: dict, device: torch.device) -> None:
+    """Load the optimizer's state. On a CPU it is copied, since the checkpoint's tensors are pages of its file."""
+    optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
 
 
 def save_checkpoint(rank: int, train_config: dict, raw_model, optimizer, scaler, log0, step: int, val_loss: float,
@@ -732,6 +740,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
 
     # precision and batch
     dtype, why_dtype = machine.pick_dtype(config.dtype, device)
+    dtype = machine.PRECISIONS[min_over_ranks(machine.PRECISIONS.index(dtype), device, world_size)]
     config.dtype = str(dtype).removeprefix("torch.")
     autocast = machine.autocast(dtype, device)
     if not config.micro_batch_size:
@@ -756,12 +765,14 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small gradients would be 0 in float16
+    # float16 only, in which small gradients would become 0; otherwise all calls of scaler below do nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resuming:
         load_optimizer(optimizer, state.pop("optimizer"), device)
         scaler.load_state_dict(state.get("scaler"))
         train_loader.load_state_dict({**state["train_config"], "position": state["position"]})
     del state
+    scaler.scale(torch.zeros((), device=device))  # makes the scale, which a stop before the first loss would miss
 
     runlog.print_plan(config, raw_model, train_loader, val_loader, machine.describe_device(device), grad_accum_steps,
                       why_dtype, why_compile, origin, resuming)
@@ -805,9 +816,10 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
                 loss_sum += loss.detach()
                 x, y = to_device(train_loader.next_batch(), device)  # read while the device still computes
             train_loader.announce(grad_accum_steps)  # the disk reads the next step's windows while this one computes
+            scale = scaler.scale(torch.ones((), device=device))  # the scale itself
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-            totals = read_on_host([loss_sum, norm, scaler.scale(torch.ones_like(norm))], stop, world_size)
+            totals = read_on_host([loss_sum, norm, scale], stop, world_size)
             loss, norm, scale = (total / world_size for total in totals)
             lr = get_lr(step, config)
             for group in optimizer.param_groups:
@@ -815,7 +827,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:  # else this step changes no weight on any rank
                 optimizer.step()
-            scaler.update()  # half the scale after gradients that were not finite, twice after 2,000 good steps
+            scaler.update()  # halves the scale after an overflow, doubles it after 2,000 steps without one
             raw_model.zero_grad(set_to_none=True)
 
             # diagnostics only from here on
@@ -826,11 +838,6 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
         save(step, val_loss, last=True, evaluated=step <= seen, prune=finite)
     log0.end(step, val_loss, stopping)
     return val_loss
-
-
-def load_optimizer(optimizer, moments: dict, device: torch.device) -> None:
-    """Give the optimizer the state in a checkpoint, whose tensors are pages of its file until they are copied."""
-    optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
 
 
 def due(step: int, every: int, last_step: bool) -> bool:

@@ -126,9 +126,11 @@ class Report:
 
     def lacks_gpu(self, *names: str) -> bool:
         """Whether there is no GPU, which rows of these names then say."""
-        for name in () if self.on_cuda else names:
+        if self.on_cuda:
+            return False
+        for name in names:
             self.leave_out(name, "no GPU")
-        return not self.on_cuda
+        return True
 
     def start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Part:
         """Start `python ARGUMENTS` in a process group of its own, with one compile cache for all parts."""
@@ -231,8 +233,13 @@ def train(settings: dict) -> dict:
             if step == steps or seen[-1]["at"] - seen[0]["at"] >= settings.get("train_seconds", math.inf):
                 signal.raise_signal(signal.SIGTERM)  # the run stops as it does for anyone
 
-    print_plan = runlog.print_plan
-    runlog.print_plan = lambda config, *rest, **more: (chosen.update(vars(config)), print_plan(config, *rest, **more))
+    original = runlog.print_plan
+
+    def print_plan(config, *rest):
+        chosen.update(vars(config))
+        original(config, *rest)
+
+    runlog.print_plan = print_plan
     runlog.RunLog, checkpoint.save = WatchedLog, lambda *arguments, **more: None
     train_gpt2.evaluate_val_loss = lambda *arguments, **more: math.nan
     with tempfile.TemporaryDirectory() as out_dir, hold_memory(settings.get("held", 0)):
@@ -314,12 +321,13 @@ def check_machine(settings: dict) -> dict:
 
     model, T = build_model(config), config.sequence_length
     nh, hs = model.config.n_head, model.config.n_embd // model.config.n_head
-    q, k, v = torch.randn(3, 16, nh, T, hs, dtype=torch.bfloat16, device=device, requires_grad=True)
+    dtype = machine.pick_dtype("auto", device)[0]
+    q, k, v = torch.randn(3, 16, nh, T, hs, dtype=dtype, device=device, requires_grad=True)
     with torch.profiler.profile() as training:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
         synchronize(config)
     idx, cache = torch.zeros(1, T // 2, dtype=torch.int64, device=device), model.make_cache()  # (1, T / 2)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), machine.autocast(dtype, device):
         model(idx, cache=cache)
         with torch.profiler.profile() as decoding:
             model(idx[:, :1], cache=cache)
@@ -338,10 +346,10 @@ def build_model(config: BenchConfig, name: str = "") -> train_gpt2.GPT:
 
 def rates(count: int, work, config: BenchConfig) -> list[float]:
     """How many per second of its `count` things work() does, the first time and the second."""
-    found = []
+    found, device = [], torch.device(config.device)
     for _ in range(2):  # the first one pays for new shapes
         began = time.perf_counter()
-        with torch.autocast(config.device, torch.bfloat16):
+        with machine.autocast(machine.pick_dtype("auto", device)[0], device):
             work()
         synchronize(config)
         found.append(count / (time.perf_counter() - began))
@@ -439,9 +447,10 @@ def run_tests(report: Report, name: str, expression: str, cap: float) -> None:
     """Run the tests that need a GPU and match the expression."""
     if report.lacks_gpu(name):
         return
-    if importlib.util.find_spec("pytest") is None:
-        report.leave_out(name, "no pytest here")
-        return
+    for package in ("pytest", "xdist"):
+        if importlib.util.find_spec(package) is None:
+            report.leave_out(name, f"no {package} here")
+            return
     arguments = ["-m", "pytest", "-v", "-m", "gpu", "-n0", "tests/test_gpu.py", "-k", expression]
     if output := report.run(name, arguments, cap=cap):
         summary = output.strip().splitlines()[-1].strip("= ")
@@ -536,7 +545,8 @@ def train_in_float16(report: Report) -> None:
 
 def predict_memory(report: Report) -> None:
     """Begin to predict the memory of larger models; a core that nothing else needs takes a minute or two for it."""
-    for model in ("gpt2-medium", "gpt2-xl") if report.on_cuda else (report.config.model,):
+    models = ["gpt2-medium", "gpt2-xl"] if report.on_cuda else [report.config.model]
+    for model in models:
         environment = {**report.order("find_peaks", action="predict", model=model), "CUDA_VISIBLE_DEVICES": ""}
         report.start(model, ["bench/gpu.py"], environment)
 
@@ -571,7 +581,7 @@ def try_compile_options(report: Report) -> None:
     for name, variables in (("coordinate_descent_tuning", [tuning]),
                             ("max-autotune-no-cudagraphs", [tuning, autotune])):  # which is what that mode stands for
         if report.config.compile or not report.lacks_gpu(name):
-            report.train(name, check, B=B, least=60, environment=dict.fromkeys(variables, "1"))
+            report.train(name, check, B=B, least=60, cap=240, environment=dict.fromkeys(variables, "1"))
 
 
 def share_memory(report: Report) -> None:

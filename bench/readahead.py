@@ -1,6 +1,6 @@
 """Does announcing the next step's windows help, and what does it cost? `python bench/readahead.py`
 
-Shuffled windows of two shards are read as training reads them, with a pause for the computing between micro-batches,
+Shuffled windows of a few shards are read as training reads them, with a pause for the computing between micro-batches,
 from a cold page cache (the shards are dropped from it first) and from a warm one, with and without
 DataLoaderLite.announce(). Each of the four sides reads the same windows. Medians of the steps but the first.
 """
@@ -9,6 +9,7 @@ import sys
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import gc
 import json
 import statistics
 import tempfile
@@ -46,7 +47,8 @@ def write_shards(folder: str, count: int) -> None:
 
 
 def empty_cache(folder: str) -> None:
-    """Drop the shards from the page cache."""
+    """Drop the shards from the page cache, which keeps what is mapped."""
+    gc.collect()  # the last side's loader, a reference cycle, still maps them
     for path in Path(folder).glob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -21,7 +21,7 @@ from runlog import UserError
 from tokenizer import gpt2_encoding
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
 
-pytestmark = needs(*ENCODING, "transformers")
+pytestmark = needs(*ENCODING)
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,7 +23,7 @@ import fineweb
 from runlog import UserError
 from tokenizer import EOT, gpt2_encoding
 
-pytestmark = needs(*ENCODING, "datasets", "pyarrow", "gigatoken", "awkward")
+pytestmark = needs(*ENCODING, "datasets", "gigatoken", "awkward")
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
 SCRIPT = ROOT / "fineweb.py"

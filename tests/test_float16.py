@@ -1,5 +1,6 @@
 """--dtype float16: a gradient scaler that overflows are left to, and that resumes and several ranks agree on."""
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_the_scaler_s_state_is_resumed(shard_folder, tmp_path, poison):
     assert_same_run(whole, resumed)
     states = [final_state(folder)["scaler"] for folder in (whole, resumed)]
     assert states[0] == states[1] and (states[0]["scale"], states[0]["_growth_tracker"]) == (32768, 3)
+
+
+def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypatch, capsys):
+    """The scaler makes its scale with the first loss, which does not come to that here."""
+    for name in ("fresh", "resumed"):
+        out = tmp_path / "out"
+        if name == "resumed":
+            (out / "model_000006.pt").unlink()
+        with monkeypatch.context() as patched:
+            patched.setattr(train_gpt2.runlog, "print_plan", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+            train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
+        assert f"stopped after step {0 if name == 'fresh' else 4} of 6" in capsys.readouterr().out
+        train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
+    assert final_state(out)["scaler"]["_growth_tracker"] == 6
 
 
 @needs(*ENCODING)

@@ -1,6 +1,7 @@
 """What is chosen for a machine: device, dtype, compiler, memory. Functions put in torch.cuda's place play the GPU."""
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_a_card_for_which_pytorch_has_no_code_is_told(card):
     assert machine.pick_device("cpu", 0, 1).type == "cpu"
     card(capability=(8, 6), archs=("sm_75", "sm_80", "sm_90"), name="NVIDIA A10")
     assert machine.pick_device("auto", 0, 1) == GPU
+
+
+def test_a_card_that_cannot_be_opened_or_has_no_memory_is_told(card, monkeypatch):
+    def init():
+        raise torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization with error: device >= 0")
+
+    card(init=init)
+    with pytest.raises(OSError, match=r"cannot use it \(CUDA call failed lazily .* update the NVIDIA driver"):
+        machine.pick_device("auto", 0, 1)
+    card(init=lambda: warnings.warn("Found GPU0 which is of cuda capability 6.1. " * 13, stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine.pick_device("auto", 0, 1) == GPU
+
+    def full(*size, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(OSError, match=r"cuda:0 has no free memory: stop the process that holds it .* another --device"):
+        machine.pick_device("auto", 0, 1)
 
 
 @pytest.mark.parametrize("capability, archs, runs", [  # NVIDIA's compatibility rules (CUDA C++ programming guide, 5.1)
@@ -286,8 +307,9 @@ def test_a_checkpoint_is_read_as_pages_of_its_file(tmp_path):
     weights = {f"weight{i}": torch.full((2**20,), i, dtype=torch.float32) for i in range(32)}
     path = checkpoint.save(tmp_path, 1, {**{key: kind() for key, kind in checkpoint.KEYS.items()}, "model": weights})
     done = subprocess.run([sys.executable, "-c", RESIDENT, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     taken, total = done.stdout.split()
-    assert float(total) == 2**20 * sum(range(32)), done.stderr
+    assert float(total) == 2**20 * sum(range(32))
     assert int(taken) < 32e6
 
 

@@ -56,6 +56,27 @@ def test_an_error_of_rank_0_alone_is_raised_on_every_rank(fault, shard_folder, t
         assert [path.name for path in checkpoint.listing(out)] == ["model_000002.pt", "model_000004.pt"]
 
 
+CARDS_DIFFER = """
+import os, sys
+import torch
+import machine, runlog, train_gpt2
+native = {"0": torch.bfloat16, "1": torch.float16}[os.environ["RANK"]]
+machine.is_native = lambda dtype, device: dtype in (native, torch.float16, torch.float32)
+machine.pick_dtype = lambda name, device: (native, "played")
+runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
+
+
+def test_ranks_with_different_cards_take_the_dtype_that_all_have(shard_folder, tmp_path):
+    script = tmp_path / "differ.py"
+    script.write_text(CARDS_DIFFER)
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out", dtype=None), 2, script=script)
+    assert result.returncode == 0, result.stderr
+    assert final_state(tmp_path / "out")["train_config"]["dtype"] == "float16"
+    lines = read_log(tmp_path / "out", "train")
+    assert [line["scale"] for line in lines] == [65536] * 6 and all(line["norm"] < 2 for line in lines)
+
+
 def test_ranks_wait_for_each_other_for_half_an_hour(monkeypatch):
     """HellaSwag's download is on rank 0 alone; NCCL's own limit is ten minutes."""
     given = {}

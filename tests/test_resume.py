@@ -38,7 +38,8 @@ def test_b_is_taken_over_on_the_same_kind_of_device_only(kind, changes, B, shard
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_neither_b_nor_compile_is_taken_over_at_another_number_of_ranks():
+def test_neither_b_nor_compile_is_taken_over_at_another_number_of_ranks(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: value)
     stored = {"micro_batch_size": 2, "compile": True, "world_size": 1, "device_kind": "cpu",
               "activation_checkpointing": False}
     cpu = torch.device("cpu")
@@ -82,6 +83,34 @@ def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp
     other = tmp_path.with_name("other")  # the second
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=other, init_from=tmp_path, dtype=None)))
     assert final_state(other)["train_config"]["dtype"] == "float32"
+
+
+def test_a_device_of_another_kind_on_one_rank_counts_for_all(monkeypatch):
+    """Else the ranks would go on with different batch sizes; here the other rank says 0."""
+    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: 0)
+    stored = {"micro_batch_size": 2, "compile": True, "world_size": 2, "dtype": "float16"}
+    config = TrainConfig(dtype="float32")
+    assert adopt_choices(config, {**stored, "dtype": "float32"}, torch.device("cpu"), 2) is None
+    assert config.micro_batch_size == 0
+    with pytest.raises(UserError, match="is trained in float16, which cpu cannot multiply natively"):
+        adopt_choices(TrainConfig(), stored, torch.device("cpu"), 2)
+
+
+def test_every_step_but_the_first_reads_windows_that_were_announced(shard_folder, tmp_path, monkeypatch):
+    announced, late = [], []
+    window = train_gpt2.DataLoaderLite._window
+
+    def read(self, index):
+        tokens = window(self, index)
+        if self.shuffle and (*tokens,) not in announced:
+            late.append(index)
+        return tokens
+
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "_window", read)
+    monkeypatch.setattr(train_gpt2.shards, "announce", lambda tokens, start, stop: announced.append(
+        (*tokens[start:stop],)))
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path)))
+    assert late == list(range(12))  # the first step's eight windows, and the four that it reads for the second
 
 
 def test_the_time_that_a_step_waited_for_data_is_in_the_log(shard_folder, tmp_path, monkeypatch):

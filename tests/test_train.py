@@ -35,7 +35,7 @@ def same(a, b) -> bool:
 def assert_same_run(first, second, step=TINY["max_steps"]):
     """Weights, optimizer state, position and logged losses of two finished runs are the same, bit by bit."""
     a, b = final_state(first, step), final_state(second, step)
-    for key in ("model", "optimizer", "position", "val_loss", "step"):
+    for key in ("model", "optimizer", "scaler", "position", "val_loss", "step"):
         assert same(a[key], b[key]), key
     for kind in ("train", "val"):
         losses = [[(line["step"], line["loss"], line.get("norm")) for line in read_log(folder, kind)]
