@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import report
-from runlog import UserError, parse_flags, run_command
-from tokenizer import EOT, VOCAB_SIZE, vocabulary_files
+from plumbing import checkpoint, report
+from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.tokenizer import EOT, VOCAB_SIZE, vocabulary_files
 from train_gpt2 import GPT, load_model, load_state, model_with
 
 TOLERANCE = 1e-4  # largest difference of a logit, computed in float64, that is accepted

@@ -42,19 +42,11 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-from runlog import (
-    UserError,
-    explain,
-    parse_flags,
-    patiently,
-    plural,
-    print0,
-    progress_bar,
-    run_command,
-    wait_or_give_up,
-)
-from shards import FINEWEB_EDU, DataError, Manifest, ShardWriter, open_shard, sha256, verify
-from tokenizer import EOT, SHA256, gpt2_encoding
+from plumbing.cli import UserError, explain, parse_flags, plural, print0, run_command
+from plumbing.files import DataError, sha256
+from plumbing.network import patiently, progress_bar, wait_or_give_up
+from plumbing.shards import FINEWEB_EDU, Manifest, ShardWriter, open_shard, verify
+from plumbing.tokenizer import EOT, SHA256, gpt2_encoding
 
 TOKENS_PER_BYTE = {".parquet": 0.35, ".jsonl": 0.22, ".gz": 0.6, ".zst": 0.6}  # of files, about
 ROWS = 250  # of a file, read and tokenized at once: buffers of a few MB are used again, larger ones cost page faults

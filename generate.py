@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-import machine
-from ranks import processes
-from runlog import UserError, parse_flags, plural, run_command
-from sampling import stream_tokens
-from tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
+from plumbing import machine
+from plumbing.cli import UserError, parse_flags, plural, run_command
+from plumbing.ranks import processes
+from plumbing.sampling import stream_tokens
+from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 from train_gpt2 import DTYPES, GPT, load_model
 
 LONGEST = 200_000  # characters of a prompt: tiktoken's stack overflows on a million spaces

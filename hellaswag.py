@@ -40,11 +40,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import machine
-from ranks import from_rank0, processes
-from runlog import Stopped, UserError, parse_flags, patiently, print0, progress_bar, run_command
-from shards import replace, sha256
-from tokenizer import gpt2_encoding
+from plumbing import machine
+from plumbing.cli import Stopped, UserError, parse_flags, print0, run_command
+from plumbing.files import replace, sha256
+from plumbing.network import patiently, progress_bar
+from plumbing.ranks import from_rank0, processes
+from plumbing.tokenizer import gpt2_encoding
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/"
 FILES = {  # bytes and sha256, as TensorFlow Datasets lists them too

@@ -34,15 +34,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
 import hellaswag
-import machine
-import runlog
-import shards
-from ranks import from_rank0, min_over_ranks, processes
-from runlog import Stopped, UserError, print0
-from sampling import KeyValueCache, sample_text
-from tokenizer import VOCAB_SIZE
+from plumbing import checkpoint, machine, runlog, shards
+from plumbing.cli import Stopped, UserError, parse_flags, print0, run_command, stop_signal
+from plumbing.ranks import from_rank0, min_over_ranks, processes
+from plumbing.sampling import KeyValueCache, sample_text
+from plumbing.tokenizer import VOCAB_SIZE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One dataclass holds every number of the experiment; a field is a flag, its comment the flag's help.
@@ -145,7 +142,7 @@ DEMO = dict(
 
 def parse_args(argv: list[str]) -> TrainConfig:
     """Flags -> TrainConfig; a text file as data lays DEMO under the flags. UserError for a wrong flag or value."""
-    flags = runlog.parse_flags(TrainConfig, argv, "Train GPT-2; the same command again resumes. Without --data and "
+    flags = parse_flags(TrainConfig, argv, "Train GPT-2; the same command again resumes. Without --data and "
                                f"without {TrainConfig.data}/ it runs a demo of less than three minutes on input.txt.")
     if "data" not in flags and not Path(TrainConfig.data).exists():
         built_in = (Path("input.txt"), Path(__file__).with_name("input.txt"))
@@ -712,7 +709,7 @@ def main(config: TrainConfig) -> float:
     config = dataclasses.replace(config)  # choices made below are written into this copy
     try:
         with (processes(config.device, config.deterministic) as (rank, world_size, device),
-              runlog.stop_signal(obey=config.max_steps > 0) as stop, contextlib.ExitStack() as held):
+              stop_signal(obey=config.max_steps > 0) as stop, contextlib.ExitStack() as held):
             if config.max_steps:
                 from_rank0(lambda: held.enter_context(checkpoint.lock(config.out_dir)), rank, world_size)
             return train(config, rank, world_size, device, stop)
@@ -861,4 +858,4 @@ def read_on_host(values: list, stop: threading.Event | None, world_size: int) ->
 
 
 if __name__ == "__main__":
-    runlog.run_command(lambda: main(parse_args(sys.argv[1:])))
+    run_command(lambda: main(parse_args(sys.argv[1:])))

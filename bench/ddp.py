@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runlog
 import train_gpt2
-from runlog import UserError, parse_flags, run_command
+from plumbing import runlog
+from plumbing.cli import UserError, parse_flags, run_command
 
 VARIANTS = {  # DistributedDataParallel's options in place of train_gpt2.py's
     "as it is": {},

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 
 from bench.peers import transformers_twin
-from machine import describe_device
-from ranks import processes
-from runlog import UserError, parse_flags, run_command
-from sampling import generate
-from tokenizer import VOCAB_SIZE
+from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.machine import describe_device
+from plumbing.ranks import processes
+from plumbing.sampling import generate
+from plumbing.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, MODELS, GPTConfig
 
 

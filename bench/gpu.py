@@ -38,13 +38,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import hellaswag
-import machine
-import runlog
-import sampling
 import train_gpt2
-from runlog import UserError, parse_flags, run_command
+from plumbing import checkpoint, cli, machine, runlog, sampling
+from plumbing.cli import UserError, parse_flags, run_command
 
 ROOT = Path(sys.path[0])
 DEFAULT, TWO_MINUTES = "the default run", "training from fresh weights"  # runs that others are compared with
@@ -411,7 +408,7 @@ def run_part(settings: dict) -> None:
 def make_encoder():
     """(encode, what it is): GPT-2's tokens, or words numbered by how common they are if a package is missing."""
     try:
-        from tokenizer import gpt2_encoding
+        from plumbing.tokenizer import gpt2_encoding
 
         return gpt2_encoding().encode_ordinary, "GPT-2's tokens"
     except (ImportError, OSError) as error:
@@ -611,7 +608,7 @@ def main(config: BenchConfig) -> int:
                     item(report)
                 except Exception as error:  # the parts that follow need not suffer
                     traceback.print_exc()
-                    report.row(item.__name__, runlog.explain(error), right=False)
+                    report.row(item.__name__, cli.explain(error), right=False)
         finally:
             for part in report.parts:
                 if part.process.poll() is None:

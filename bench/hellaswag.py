@@ -24,9 +24,10 @@ import torch.nn.functional as F
 
 from bench.peers import transformers_twin
 from hellaswag import encode, evaluate, load_examples
-from machine import describe_device
-from runlog import UserError, parse_flags, progress_bar, run_command
-from tokenizer import gpt2_encoding
+from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.machine import describe_device
+from plumbing.network import progress_bar
+from plumbing.tokenizer import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig, processes
 
 

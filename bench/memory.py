@@ -16,8 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import machine
-from runlog import UserError, parse_flags, run_command
+from plumbing import machine
+from plumbing.cli import UserError, parse_flags, run_command
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, TrainConfig, batch_loss, configure_optimizer
 
 CONTEXT = 0.6e9  # bytes that CUDA and its libraries take

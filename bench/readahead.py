@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runlog import UserError, parse_flags, run_command
+from plumbing.cli import UserError, parse_flags, run_command
 from train_gpt2 import DataLoaderLite
 
 

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from runlog import UserError, parse_flags, run_command
+from plumbing.cli import UserError, parse_flags, run_command
 
 ROOT = Path(sys.path[0])
 

@@ -34,8 +34,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runlog import UserError, parse_flags, run_command
-from tokenizer import EOT, gpt2_encoding
+from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.tokenizer import EOT, gpt2_encoding
 
 SHARD_SIZE = 100_000_000  # tokens
 FOLDERS = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/include", "/usr/lib")

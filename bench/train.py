@@ -26,11 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import machine
-import runlog
 import train_gpt2
-from runlog import UserError, parse_flags, run_command
-from tokenizer import VOCAB_SIZE
+from plumbing import cli, machine, runlog
+from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, DataLoaderLite, GPTConfig, TrainConfig
 
 SIZES = {  # shape, T, windows a micro-batch on a CPU and on a GPU, steps a window
@@ -210,7 +209,7 @@ def work(pipe, job: Job) -> None:
     try:
         run.get(job.side, run_transformers)(job, Turns(pipe, job))
     except BaseException as error:
-        pipe.send({"error": runlog.explain(error)})
+        pipe.send({"error": cli.explain(error)})
 
 
 def measure(config: BenchConfig, size: str, data: str) -> dict:
@@ -263,7 +262,7 @@ def print_table(result: dict, config: BenchConfig) -> None:
     """A size's table."""
     sides = result["sides"]
     print(f"\n{result['size']}, T={result['T']}, B={result['B']}, {config.grad_accum_steps} "
-          f"{runlog.plural(config.grad_accum_steps, 'micro-step')}, {config.dtype}; ceiling "
+          f"{cli.plural(config.grad_accum_steps, 'micro-step')}, {config.dtype}; ceiling "
           f"{result['ceiling_gflops']:,.0f} GFLOP/s")
     print(f"{'side':>12} {'tokens/s':>9} {'range':>17} {'x transf.':>9} {'x +memory':>9} {'GFLOP/s':>8} "
           f"{'ceiling':>8} {'peak MiB':>9} {'first step s':>12} {'data':>6}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-from checkpoint import CheckpointError
+from plumbing import checkpoint
+from plumbing.checkpoint import CheckpointError
 
 
 def state(step=1, **changes) -> dict:
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_file(tmp_path):
     code = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint
+from plumbing import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 keys = {{key: kind() for key, kind in checkpoint.KEYS.items()}}
 checkpoint.save({str(tmp_path)!r}, 1, keys)
@@ -151,7 +151,7 @@ def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
 
 
 def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\n" \
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plumbing import checkpoint\n" \
            f"with checkpoint.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

@@ -13,9 +13,9 @@ from conftest import ENCODING, ROOT, needs, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import shards
-from shards import DataError
-from tokenizer import gpt2_encoding
+from plumbing import shards
+from plumbing.files import DataError
+from plumbing.tokenizer import gpt2_encoding
 from train_gpt2 import DataLoaderLite, UserError
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import ENCODING, flags, needs, read_log, run, write_shards
 from test_data import spoil
 
-import checkpoint
+from plumbing import checkpoint
 
 
 def error_of(arguments, cwd=None, **environment) -> str:

@@ -15,10 +15,10 @@ from conftest import ENCODING, ROOT, flags, needs, read_log, run
 from test_hellaswag import OURS, lm_eval_samples
 from test_model import random_gpt2
 
-import checkpoint
 import export_hf
-from runlog import UserError
-from tokenizer import gpt2_encoding
+from plumbing import checkpoint
+from plumbing.cli import UserError
+from plumbing.tokenizer import gpt2_encoding
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
 
 pytestmark = needs(*ENCODING)
@@ -206,8 +206,8 @@ def test_trouble_leaves_nothing_behind(how, trained, tmp_path):
                      "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n",
              "SIGTERM": "write = export_hf.write_tokenizer\n"
                         "export_hf.write_tokenizer = lambda *args: (write(*args), os.kill(os.getpid(), 15))\n"}[how]
-    script.write_text(f"import os, resource, signal, sys\nimport export_hf, runlog\n{spoil}"
-                      "runlog.run_command(export_hf.main, sys.argv[1:])\n")
+    script.write_text(f"import os, resource, signal, sys\nimport export_hf\nfrom plumbing import cli\n{spoil}"
+                      "cli.run_command(export_hf.main, sys.argv[1:])\n")
     result = run([trained, tmp_path / "out"], script=script)
     assert result.returncode == (2 if how == "disk" else 128 + signal.SIGTERM), result.stderr
     assert "Traceback" not in result.stderr and ("is the disk full?" in result.stderr) == (how == "disk")

@@ -20,8 +20,8 @@ from conftest import ENCODING, ROOT, flags, needs, run
 from hub import COMMIT, hub
 
 import fineweb
-from runlog import UserError
-from tokenizer import EOT, gpt2_encoding
+from plumbing.cli import UserError
+from plumbing.tokenizer import EOT, gpt2_encoding
 
 pytestmark = needs(*ENCODING, "datasets", "gigatoken", "awkward")
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -434,7 +434,7 @@ def test_broken_files_are_named(name, content, message, tmp_path):
 FAKE = """
 import awkward
 import numpy as np
-from tokenizer import gpt2_encoding
+from plumbing.tokenizer import gpt2_encoding
 
 class Tokenizer:
     @classmethod

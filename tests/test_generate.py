@@ -11,8 +11,8 @@ from test_model import random_gpt2
 
 import generate as generate_command
 from generate import GenerateConfig, continuations
-from sampling import generate, stream_tokens
-from tokenizer import EOT, gpt2_encoding
+from plumbing.sampling import generate, stream_tokens
+from plumbing.tokenizer import EOT, gpt2_encoding
 from train_gpt2 import GPT, GPTConfig
 
 pytestmark = needs(*ENCODING, "transformers")

@@ -6,8 +6,8 @@ from conftest import ENCODING, ROOT, flags, needs, read_log, run
 from test_train import assert_same_run, final_state
 
 import hellaswag
-import machine
-from sampling import generate
+from plumbing import machine
+from plumbing.sampling import generate
 from train_gpt2 import GPT, GPTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")]

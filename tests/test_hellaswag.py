@@ -22,8 +22,8 @@ from test_tokenizer import vocabulary
 import hellaswag
 import train_gpt2
 from hellaswag import cut_rows, evaluate, iterate_examples, render_example
-from runlog import UserError
-from tokenizer import gpt2_encoding
+from plumbing.cli import UserError
+from plumbing.tokenizer import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig
 
 pytestmark = needs(*ENCODING, "transformers")
@@ -455,7 +455,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "FILES", {"val": (len(text), hashlib.sha256(text).hexdigest())})
     monkeypatch.setattr(hellaswag, "FOLDER", str(tmp_path / "downloads"))
     monkeypatch.setattr(hellaswag, "TIMEOUT", (0.5, 0.5))
-    monkeypatch.setattr("runlog.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("plumbing.network.time.sleep", lambda seconds: None)
     with hub({}, tmp_path / "cache") as (environment, handler):
         handler.files = {"/data/hellaswag_val.jsonl": text}
         monkeypatch.setattr(hellaswag, "URL", environment["HF_ENDPOINT"] + "/data/")
@@ -587,8 +587,9 @@ def test_it_is_scored_in_the_precision_of_training(shard_folder, tmp_path, monke
 
 def test_missing_packages_are_named_with_their_remedy(shard_folder, tmp_path):
     script = tmp_path / "hide.py"
-    script.write_text("import sys\nsys.modules['requests'] = None\nimport runlog, train_gpt2\n"
-                      "runlog.run_command(train_gpt2.main, train_gpt2.parse_args(sys.argv[1:]))\n")
+    script.write_text("import sys\nsys.modules['requests'] = None\nimport train_gpt2\n"
+                      "from plumbing import cli\n"
+                      "cli.run_command(train_gpt2.main, train_gpt2.parse_args(sys.argv[1:]))\n")
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out", **EVERY | {"hellaswag_data": None}), cwd=tmp_path,
                  script=script)
     assert result.returncode == 0 and "trying again" not in result.stderr, result.stderr

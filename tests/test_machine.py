@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ENCODING, ROOT, flags, needs, read_log, run
 
-import machine
 import train_gpt2
-from sampling import stream_tokens
+from plumbing import machine
+from plumbing.sampling import stream_tokens
 from train_gpt2 import GPT, GPTConfig, TrainConfig, UserError
 
 GiB = 2**30
@@ -43,8 +43,9 @@ def init():
     raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
                        "driver by downloading it.\\nAlternatively, install another PyTorch.")
 torch.cuda.init = init
-import runlog, train_gpt2
-runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+import train_gpt2
+from plumbing import cli
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
 
@@ -289,7 +290,7 @@ RESIDENT = """
 import sys
 from pathlib import Path
 import torch
-import checkpoint
+from plumbing import checkpoint
 def anonymous() -> int:  # bytes that are not pages of a file
     return sum(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 before = anonymous()
@@ -302,7 +303,7 @@ print(anonymous() - before, total)
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux's /proc")
 def test_a_checkpoint_is_read_as_pages_of_its_file(tmp_path):
     """128 MB of weights, all of them read, take less than 32 MB that ranks cannot share."""
-    import checkpoint
+    from plumbing import checkpoint
 
     weights = {f"weight{i}": torch.full((2**20,), i, dtype=torch.float32) for i in range(32)}
     path = checkpoint.save(tmp_path, 1, {**{key: kind() for key, kind in checkpoint.KEYS.items()}, "model": weights})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from sampling import generate
+from plumbing.sampling import generate
 from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
 
 transformers = pytest.importorskip("transformers")
@@ -206,7 +206,7 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_memory_that_is_freed_is_kept_for_the_next_step():
-    code = ("import resource, sys, torch, machine\n"
+    code = ("import resource, sys, torch\nfrom plumbing import machine\n"
             "if sys.argv[1] == 'keep': machine.keep_freed_memory()\n"
             "for i in range(20):\n"
             "    if i == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, flags, read_log, run
 
-import plot
-import runlog
 import train_gpt2
+from plumbing import curve, runlog
 
 SCRIPT = ROOT / "plot.py"
 INJECT = ROOT / "tests" / "faults" / "inject.py"
@@ -34,7 +33,7 @@ def write_log(folder, steps=40, source=None, hellaswag=False, offset=0.0):
 
 
 def figure_of(*folders, x="tokens"):
-    figure = plot.make_figure({folder.name: plot.read_log(folder) for folder in folders}, x)
+    figure = curve.make_figure({folder.name: curve.read_log(folder) for folder in folders}, x)
     figure.canvas.draw()
     return figure
 
@@ -92,10 +91,12 @@ def test_nothing_is_clipped_and_nothing_covers_the_end(folders, source, tmp_path
 def test_colours_survive_greyscale():
     from matplotlib.colors import to_rgb
 
-    grey = [np.dot(to_rgb(color), (0.299, 0.587, 0.114)) for color, _, _ in plot.STYLES]
+    grey = [np.dot(to_rgb(color), (0.299, 0.587, 0.114)) for color, _, _ in curve.STYLES]
     for a, b in itertools.pairwise(grey):
         assert abs(a - b) > 0.3
-    assert len({marker for _, _, marker in plot.STYLES}) == len({(d, c) for c, d, _ in plot.STYLES}) == len(plot.STYLES)
+    styles = curve.STYLES
+    lines = {(dashes, color) for color, dashes, _ in styles}
+    assert len({marker for _, _, marker in styles}) == len(lines) == len(styles)
     assert max(grey) < 0.75  # on white
 
 
@@ -157,13 +158,13 @@ def test_odd_names_and_settings(tmp_path):
     write_log(tmp_path / "_hidden")
     result = run(["q$x^$_%s", "_hidden"], cwd=tmp_path, script=SCRIPT, MPLBACKEND="nonsense")
     assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "loss.png").exists()
-    figure = plot.make_figure({"_hidden": plot.read_log(tmp_path / "_hidden")}, "steps")
+    figure = curve.make_figure({"_hidden": curve.read_log(tmp_path / "_hidden")}, "steps")
     assert "_hidden: train" in figure.legends[0].get_texts()[0].get_text()
 
 
 def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
     folder = write_log(tmp_path / "log")
-    plot.draw({"log": plot.read_log(folder)}, folder / "loss.png")
+    curve.draw({"log": curve.read_log(folder)}, folder / "loss.png")
     before = (folder / "loss.png").read_bytes()
 
     def half(path, data):
@@ -172,7 +173,7 @@ def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(type(tmp_path), "write_bytes", half)
     with pytest.raises(OSError):
-        plot.draw({"log": plot.read_log(folder)}, folder / "loss.png")
+        curve.draw({"log": curve.read_log(folder)}, folder / "loss.png")
     assert (folder / "loss.png").read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "loss.png"]
 
@@ -207,7 +208,7 @@ def test_training_draws_it_after_a_validation(shard_folder, tmp_path):
 def test_training_draws_it_seldom_and_at_the_end(shard_folder, tmp_path, monkeypatch):
     clock, drawn = itertools.count(0, 3), []
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock) / 10)  # 0.3 s from one look to the next
-    monkeypatch.setattr(plot, "draw", lambda runs, out: drawn.append(next(clock) / 10))
+    monkeypatch.setattr(curve, "draw", lambda runs, out: drawn.append(next(clock) / 10))
     arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=30, val_every=1)
     train_gpt2.main(train_gpt2.parse_args(arguments))
     gaps = np.diff(drawn)

@@ -5,22 +5,22 @@ import torch.distributed as dist
 from conftest import ROOT, flags, read_log, run
 from test_train import assert_same_run, final_state
 
-import checkpoint
-import ranks
+from plumbing import checkpoint, ranks
 
 pytestmark = pytest.mark.dist
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 
 LAST_SAVE_FAILS = """
 import sys
-import checkpoint, runlog, train_gpt2
+import train_gpt2
+from plumbing import checkpoint, cli
 original = checkpoint.save
 def save(folder, step, state):
     if step == 6:
         raise checkpoint.CheckpointError("cannot write model_000006.pt, is the disk full?")
     return original(folder, step, state)
 checkpoint.save = save
-runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
 
@@ -59,11 +59,12 @@ def test_an_error_of_rank_0_alone_is_raised_on_every_rank(fault, shard_folder, t
 CARDS_DIFFER = """
 import os, sys
 import torch
-import machine, runlog, train_gpt2
+import train_gpt2
+from plumbing import cli, machine
 native = {"0": torch.bfloat16, "1": torch.float16}[os.environ["RANK"]]
 machine.is_native = lambda dtype, device: dtype in (native, torch.float16, torch.float32)
 machine.pick_dtype = lambda name, device: (native, "played")
-runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
 

@@ -15,9 +15,9 @@ from test_model import random_gpt2
 from test_plot import FINEWEB
 from test_train import run_until
 
-import report
 from fineweb import FINEWEB_EDU
-from plot import read_log as lines_of
+from plumbing import report
+from plumbing.curve import read_log as lines_of
 
 pytestmark = needs(*ENCODING)
 
@@ -251,8 +251,8 @@ def test_evaluation_alone_and_other_ranks_leave_the_logger_alone(shard_folder, t
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_logger_that_is_not_installed_is_named(name, shard_folder, tmp_path):
     script = tmp_path / "hide.py"
-    script.write_text(f"import sys\nsys.modules['{name}'] = None\nimport runlog, train_gpt2\nrunlog.run_command("
-                      "lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
+    script.write_text(f"import sys\nsys.modules['{name}'] = None\nimport train_gpt2\nfrom plumbing import cli\n"
+                      "cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
     result = run(flags(data=shard_folder, out_dir=tmp_path / "log", logger=name), script=script)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == (f"error: --logger {name} needs a package that is not here: pip "

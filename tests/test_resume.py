@@ -5,9 +5,8 @@ import torch
 from conftest import TINY, flags, read_log
 from test_train import final_state
 
-import checkpoint
-import machine
 import train_gpt2
+from plumbing import checkpoint, machine
 from train_gpt2 import TrainConfig, UserError, adopt_choices, parse_args
 
 

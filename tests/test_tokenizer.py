@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ENCODING, needs
 
-import tokenizer
-from tokenizer import EOT, gpt2_encoding
+from plumbing import tokenizer
+from plumbing.tokenizer import EOT, gpt2_encoding
 
 pytestmark = needs(*ENCODING)
 

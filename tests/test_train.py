@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ENCODING, ROOT, TINY, command, flags, needs, python_path, read_log, run, write_shards
 
-import checkpoint
 import train_gpt2
-from ranks import fresh_store
+from plumbing import checkpoint
+from plumbing.ranks import fresh_store
 from train_gpt2 import DEMO, GPT, DataLoaderLite, GPTConfig, TrainConfig, UserError, evaluate_val_loss, parse_args
 
 
@@ -358,8 +358,8 @@ def test_help_names_every_field_with_its_default():
             assert f"(default: {field.default})" in text
 
 
-@pytest.mark.parametrize("module", ["train_gpt2", "checkpoint", "export_hf", "generate", "hellaswag", "machine",
-                                    "plot", "ranks", "report", "runlog", "sampling", "shards", "tokenizer"])
+@pytest.mark.parametrize("module", sorted(
+    [path.stem for path in ROOT.glob("*.py")] + [f"plumbing.{path.stem}" for path in ROOT.glob("plumbing/*.py")]))
 def test_importing_is_silent_and_leaves_nothing(module, tmp_path):
     result = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": "1"})

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from conftest import ROOT, Forked, command, flags, python_path, write_shards
 
-import checkpoint
+from plumbing import checkpoint
 
 INJECT = Path(__file__).with_name("inject.py")
 STEPS = 24  # of the run that is broken: more than an epoch, with all that can be due in between

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, flags, run, write_shards
 from faults.common import Row, finish, said, start
 
-import checkpoint
-import shards
+from plumbing import checkpoint
+from plumbing import files
+from plumbing import shards
 import train_gpt2
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50304)
@@ -147,7 +148,7 @@ def token_shards(flips: int = 200, seed: int = 1) -> list[Row]:
                     refused = run_verify(folder)
                     assert path.name in refused, refused
                     outcomes["verify"] += 1
-            except shards.DataError as error:
+            except files.DataError as error:
                 assert path.name in str(error)
                 outcomes["refused"] += 1
         for size in [*(chance.randrange(len(data)) for _ in range(20)), 0, len(data) - 2]:
@@ -156,7 +157,7 @@ def token_shards(flips: int = 200, seed: int = 1) -> list[Row]:
                 try:
                     shards.open_tokens(folder, "train")
                     raise AssertionError(f"a shard cut to {size} bytes was opened")
-                except shards.DataError as error:
+                except files.DataError as error:
                     assert path.name in str(error)
                 if manifest != "none":
                     (folder / manifest).rename(folder / "set_aside")
@@ -165,7 +166,7 @@ def token_shards(flips: int = 200, seed: int = 1) -> list[Row]:
         try:
             shards.open_tokens(folder, "train")
             raise AssertionError("a missing shard was not missed")
-        except shards.DataError as error:
+        except files.DataError as error:
             assert f"{path.name} is missing" in str(error)
     return [Row("a bit flipped in a shard: header and tokens in turn", flips,
                 f"{outcomes['refused']} refused by name before training, {outcomes['equal']} harmless (padding of the "
@@ -178,7 +179,7 @@ def run_verify(folder: Path) -> str:
     try:
         shards.verify(folder)
         raise AssertionError("verify found nothing")
-    except shards.DataError as error:
+    except files.DataError as error:
         return str(error)
 
 

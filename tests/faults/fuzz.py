@@ -15,11 +15,11 @@ from conftest import ROOT, TINY, run, write_shards
 from faults.common import Row
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-import checkpoint
+from plumbing import checkpoint
 import fineweb
 import hellaswag
-import runlog
-import shards
+from plumbing import cli
+from plumbing import shards
 import train_gpt2
 from train_gpt2 import TrainConfig
 
@@ -58,7 +58,7 @@ class Fuzz:
         os.chdir(self.home)
         try:
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                runlog.run_command(main, *arguments)
+                cli.run_command(main, *arguments)
         except SystemExit as error:
             code = error.code or 0
         finally:
@@ -95,7 +95,7 @@ def is_cheap(argv: list[str]) -> bool:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # --help
             config = train_gpt2.parse_args(argv)
-    except (runlog.UserError, SystemExit):
+    except (cli.UserError, SystemExit):
         return True
     return (config.max_steps <= 1 and config.n_layer <= 4 and config.n_embd <= 64 and config.sequence_length <= 256
             and config.total_batch_size <= 4096 and not config.compile and config.device in ("cpu", "auto")

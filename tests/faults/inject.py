@@ -22,11 +22,12 @@ import time
 
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 import hellaswag
-import plot
-import runlog
-import sampling
+from plumbing import curve
+from plumbing import cli
+from plumbing import runlog
+from plumbing import sampling
 import train_gpt2
 
 what, where, when, *rest = os.environ["FAULT"].split(":")
@@ -206,7 +207,7 @@ def record_weights() -> None:
 
 def hurt_picture() -> None:
     runlog.PICTURE_SECONDS = 0
-    before(plot, "draw")
+    before(curve, "draw")
 
 
 def hurt_weights() -> None:
@@ -244,4 +245,4 @@ atexit.register(lambda: print(f"passes of {where}: {passes}", flush=True))
 if "WEIGHTS" in os.environ:
     record_weights()
 if __name__ == "__main__":
-    runlog.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+    cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))

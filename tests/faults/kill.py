@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 from faults.common import Row, checkpoint_steps, digest, finish, kill_all, run_flags, said, start, wait_for
 
-import runlog
+from plumbing import cli
 
 PASSES = {  # of each place in a whole run, about: the random moment is one of them
     "write": 8, "rename": 8, "prune": 8, "log": 40, "validation": 120, "hellaswag": 12, "sample": 4, "update": 24,
@@ -84,7 +84,7 @@ def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds
     arguments = run_flags(folder, **changes)
     wanted = [place for place in config.places.split(",") if place]
     if unknown := set(wanted) - set(PASSES):
-        raise runlog.UserError(f"no place {min(unknown)!r}: --places takes {', '.join(PASSES)}, commas between them")
+        raise cli.UserError(f"no place {min(unknown)!r}: --places takes {', '.join(PASSES)}, commas between them")
     for i in range(kills):
         where, output = kill_once(arguments, config.ranks, chance, seconds, wanted[i % len(wanted)] if wanted else "")
         assert went_on(output, newest), f"seed {seed}: {dict(places)} {where}: not from step {newest}: {output[-999:]}"
@@ -120,7 +120,7 @@ def kills(config: KillConfig, workers: int = 1) -> Row:
                 places += found
                 rounds += 1
                 print(f"{places.total()} of {config.kills} kills: {dict(places)}", flush=True)
-    name = ", ".join([f"{config.ranks} {runlog.plural(config.ranks, 'rank')}", config.optimizer,
+    name = ", ".join([f"{config.ranks} {cli.plural(config.ranks, 'rank')}", config.optimizer,
                       *(["torch.compile"] if config.compile else []),
                       *([config.dtype] if config.dtype != "float32" else [])])
     where = ", ".join(f"{n} {place}" for place, n in sorted(places.items()))
@@ -129,5 +129,5 @@ def kills(config: KillConfig, workers: int = 1) -> Row:
 
 
 if __name__ == "__main__":
-    runlog.run_command(lambda: print(*kills(KillConfig(**runlog.parse_flags(
+    cli.run_command(lambda: print(*kills(KillConfig(**cli.parse_flags(
         KillConfig, sys.argv[1:], "Kill training at random moments and compare.")), workers=2), sep=" | "))

@@ -6,7 +6,7 @@ import torch
 from conftest import flags, read_log, write_shards
 from faults.common import Row, checkpoint_steps, finish, start
 
-import checkpoint
+from plumbing import checkpoint
 
 
 def skipped(value: str, where: str, optimizer: str, ranks: int, dtype: str = "float32") -> None:

@@ -30,8 +30,8 @@ from faults.soak import soak
 from faults.two_runs import two_runs
 from faults.untrusted import untrusted
 
-import machine
-import runlog
+from plumbing import machine
+from plumbing import cli
 
 RECORD = Path(__file__).parent.parent / "FAULTS.md"
 # part -> (what it is called, what pytest runs of it, what the record has)
@@ -84,7 +84,7 @@ def try_part(name: str, full: bool) -> tuple[list[Row], float]:
             rows += action()
         except Exception as error:
             traceback.print_exc()
-            rows.append(Row(name, 0, f"BROKEN: {runlog.explain(error)}"))
+            rows.append(Row(name, 0, f"BROKEN: {cli.explain(error)}"))
         finally:
             end_all()
     return rows, time.monotonic() - started
@@ -98,7 +98,7 @@ def section(name: str, rows: list[Row], seconds: float) -> str:
                              capture_output=True).stdout.splitlines()
     commit += " and changes" * any(not line.endswith(RECORD.name) for line in changed)
     return "\n".join([f"## {PARTS[name][0]}\n", "| fault | times | what happened |", "|---|---|---|", *table,
-                      f"\n{runlog.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}, "
+                      f"\n{cli.clock(seconds)}, `python tests/faults/run.py --full --only {name}`, commit {commit}, "
                       f"{os.cpu_count()} cores of {cpu()}"])
 
 
@@ -116,10 +116,10 @@ def write_record(sections: dict[str, str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
-    config = FaultsConfig(**runlog.parse_flags(FaultsConfig, argv, "Try the promises of DESIGN under faults."))
+    config = FaultsConfig(**cli.parse_flags(FaultsConfig, argv, "Try the promises of DESIGN under faults."))
     names = config.only.split(",") if config.only else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
-        raise runlog.UserError(f"no part {unknown[0]!r}: --only takes {', '.join(PARTS)}, with commas between them")
+        raise cli.UserError(f"no part {unknown[0]!r}: --only takes {', '.join(PARTS)}, with commas between them")
     broken = 0
     for name in names:
         rows, seconds = try_part(name, config.full)
@@ -141,4 +141,4 @@ def cpu() -> str:
 
 
 if __name__ == "__main__":
-    runlog.run_command(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from conftest import read_log
 
-import runlog
+from plumbing import cli
 from faults.common import (
     STEPS, Row, digest, finish, kill_all, left_by, run_flags, said, start, wait_for, whole_digest,
 )
@@ -110,7 +110,7 @@ def another_world(sizes=((1, 4), (2, 2), (1, 8))) -> list[Row]:
             assert len(a) == len(b)
             worst = max(worst, float(np.abs(np.subtract(a, b)).max()))
         assert worst <= 1e-4, worst
-    chain = " -> ".join(f"{ranks} {runlog.plural(ranks, 'rank')}, B={B}" for ranks, B in sizes)
+    chain = " -> ".join(f"{ranks} {cli.plural(ranks, 'rank')}, B={B}" for ranks, B in sizes)
     return [Row(f"stopped and resumed at other sizes: {chain}", len(sizes) - 1,
                 f"the same tokens at each of {STEPS} steps, losses within {worst:.1e}")]
 

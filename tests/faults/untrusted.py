@@ -14,7 +14,7 @@ from conftest import ROOT, flags, run, write_shards
 from faults.common import Row
 from faults.corrupt import SHAPE, write_run
 
-import checkpoint
+from plumbing import checkpoint
 
 
 class Payload:

@@ -19,30 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.files import DataError, check_inside, open_new, replace, sha256
+
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"  # what fineweb.py reads
-
-
-class DataError(OSError):
-    """Data that is not there or cannot be trained on; the message names the file and the remedy."""
-
-
-def check_inside(path: Path) -> None:
-    """DataError where `path` is a link out of its folder, since a folder from elsewhere must not lead anywhere, or is
-    no regular file. The hub's cache may: its snapshots/COMMIT/ are links to blobs/.
-    """
-    folders, target = [path.parent], Path(os.path.realpath(path))
-    if path.parent.parent.name == "snapshots":
-        folders.append(path.parent.parent.with_name("blobs"))
-    if not any(target.is_relative_to(os.path.realpath(folder)) for folder in folders):
-        raise DataError(f"{path} is a link to another folder, {target}: put the file itself there")
-    if (path.is_symlink() or path.exists()) and not path.is_file():
-        raise DataError(f"{path} is not a file: move it away")
-
-
-def open_new(path: Path):
-    """A new file to write bytes to; one that is there, be it a link that leads elsewhere, goes first."""
-    path.unlink(missing_ok=True)
-    return open(path, "xb")
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -79,7 +58,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def read_text(path: Path, split: str) -> np.ndarray:
     """A UTF-8 text file -> the tokens of one split, uint16: the last tenth is val, the rest train."""
-    from tokenizer import gpt2_encoding
+    from plumbing.tokenizer import gpt2_encoding
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -209,23 +188,6 @@ def npy_header(tokens: int) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     return header.getvalue()
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace(temporary: Path, path: Path) -> None:
-    """Give a written and fsynced file its name, so that the name survives a power cut where folders can be opened."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class Manifest:

@@ -13,8 +13,8 @@ import uuid
 import torch
 import torch.distributed as dist
 
-import machine
-from runlog import UserError
+from plumbing import machine
+from plumbing.cli import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
 

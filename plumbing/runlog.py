@@ -1,173 +1,20 @@
-"""What a person sees of a run: the plan card, a line a step, log.jsonl, and errors in one line.
-
-Nothing here changes what is computed.
-"""
-import argparse
-import contextlib
+"""What a person sees of a run: the plan card, a line a step, log.jsonl, other loggers, loss.png, report.md."""
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
 import math
 import os
-import re
 import shlex
-import signal
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
 
-from shards import check_inside, open_new
+from plumbing.cli import UserError, clock, explain, plural, print0
+from plumbing.files import check_inside, open_new
 
 PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
-
-
-class UserError(Exception):
-    """Something the user can mend: commands print it as one line, without a traceback, and exit with code 2."""
-
-
-class Stopped(Exception):
-    """The ranks have agreed to stop: one of them has received a signal."""
-
-
-def run_command(main, *arguments):
-    """Call main(*arguments) as a command: what the user can mend ends in one line on stderr and exit code 2.
-
-    Bugs keep their traceback. FloatingPointError (a run that diverged) ends in one line and exit code 1.
-    """
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this: no file opened later must take its number
-            setattr(sys, name, open(os.devnull, "r+"))
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))  # cleans up on its way
-    with contextlib.suppress(AttributeError):  # a sample may hold what an ASCII terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's last words then tell what was raised
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        main = record(main)
-    try:
-        return main(*arguments)
-    except (UserError, OSError) as error:
-        message, code = str(error), 2
-    except ModuleNotFoundError as error:
-        message, code = f"{error}: run pip install -r requirements.txt", 2
-    except FloatingPointError as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)  # one line, whatever raised it
-    sys.exit(code)
-
-
-def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = ()) -> dict:
-    """The flags given in argv as {field: value}: each field of the dataclass `cls` is a flag, its trailing comment in
-    the source the help text; those named in `positional` are no flags. UserError, one line, for a wrong flag."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(cls):
-        text = comments.get(field.name, "").replace("%", "%%")
-        if field.default not in (None, dataclasses.MISSING):
-            text += f" (default: {field.default if field.default != '' else 'empty'})"
-        if field.name in positional:
-            several = {"nargs": "*", "type": str} if field.type is list else {"type": field.type}
-            parser.add_argument(field.name, help=text, **several)
-        elif field.type in (bool, bool | None):
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=text)
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are a UserError: one line, no usage dump."""
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists every flag)")
-
-
-def patiently(action, what: str, retries: int, remedy: str):
-    """What action() returns, asked again while the network fails; see wait_or_give_up()."""
-    for failures in itertools.count(1):
-        try:
-            return action()
-        except (UserError, ModuleNotFoundError):
-            raise
-        except Exception as error:  # the clients of a network have dozens of errors
-            wait_or_give_up(failures, retries, what, error, remedy)
-
-
-def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=None) -> None:
-    """After `failures` in a row to do `what` wait 1, 2, 4 ... 60 seconds, or raise UserError with the remedy.
-
-    What will fail again is not tried again: other status codes of 4xx than 408 and 429, and a hub that is switched off.
-    """
-    status = getattr(getattr(error, "response", None), "status_code", 500)
-    hopeless = type(error).__name__ == "OfflineModeIsEnabled" or (400 <= status < 500 and status not in (408, 429))
-    if failures > retries or hopeless:
-        raise UserError(f"cannot {what}: {explain(error)}; {remedy}") from error
-    seconds = min(60, 2 ** (failures - 1))
-    print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
-          file=sys.stderr, flush=True)
-    (sleep or time.sleep)(seconds)
-
-
-def explain(error: Exception) -> str:
-    """What an exception of some library says, or the one that it came from, in one short line."""
-    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = cause
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
-    """A tqdm bar; where nobody watches, in a job's log file, a line every half minute."""
-    from tqdm import tqdm
-
-    seen = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True,
-                disable=quiet or sys.stderr is None, mininterval=0.5 if seen else 30)
-
-
-@contextlib.contextmanager
-def stop_signal(obey: bool = True):
-    """An Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
-
-    Without `obey` the first one does, as there is nothing to save.
-    """
-    stop = threading.Event()
-
-    def handle(signum, frame):
-        stop.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
-            os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
-
-    if not obey or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {signum: signal.signal(signum, handle) for signum in known
-              if signal.getsignal(signum) != signal.SIG_IGN}  # nohup ignores SIGHUP
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def print0(*values) -> None:
-    """print, on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            print(*values, flush=True)
-        except OSError:  # whoever read this has gone: training goes on, log.jsonl has it all
-            sys.stdout = open(os.devnull, "w")
 
 
 def print_plan(config, model, train_loader, val_loader, device: str, grad_accum_steps, why_dtype, why_compile, origin,
@@ -205,18 +52,6 @@ def command_line() -> str:
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
     return f"{launcher} {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
-
-
-def plural(count: int, noun: str) -> str:
-    """The noun, with an s unless there is one of it."""
-    return noun if count == 1 else noun + "s"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Tracker:
@@ -397,12 +232,12 @@ class RunLog:
             self.drawn = time.perf_counter()
 
     def _draw(self) -> None:
-        import plot
+        from plumbing import curve
 
-        plot.draw({self.config.out_dir: plot.read_log(self.path)}, self.path.with_name("loss.png"))
+        curve.draw({self.config.out_dir: curve.read_log(self.path)}, self.path.with_name("loss.png"))
 
     def _report(self) -> None:
-        import report
+        from plumbing import report
 
         report.write_report(self.config.out_dir)
 

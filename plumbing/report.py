@@ -15,10 +15,11 @@ import shlex
 import statistics
 from pathlib import Path
 
-import plot
-from plot import OPENAI_HELLASWAG, OPENAI_LOSS, last
-from runlog import clock
-from shards import FINEWEB_EDU, open_new
+from plumbing import curve
+from plumbing.cli import clock
+from plumbing.curve import OPENAI_HELLASWAG, OPENAI_LOSS, last
+from plumbing.files import open_new
+from plumbing.shards import FINEWEB_EDU
 
 PUBLISHED_TOKENS = 10_485_760  # of validation, in windows of 1,024, behind OPENAI_LOSS
 HELLASWAG_EXAMPLES = 10_042  # behind OPENAI_HELLASWAG
@@ -29,7 +30,7 @@ def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
     """(loss in nats a token, where it is from) of OpenAI's GPT-2 124M on the validation tokens of a run, if known."""
     data, T = run["data"], run["config"]["sequence_length"]
     tokens, seen, measured = data.get("val_sha256"), None, None
-    for line in plot.read_log(folder / "eval.jsonl") if (folder / "eval.jsonl").is_file() else []:
+    for line in curve.read_log(folder / "eval.jsonl") if (folder / "eval.jsonl").is_file() else []:
         if line["kind"] == "run":
             seen = line
         elif line["kind"] == "val" and line.get("loss") is not None and tokens and seen:
@@ -47,7 +48,7 @@ def verdict(folder: Path, lines: list[dict]) -> str:
     """Reproduced, or by how much not, or why that cannot be said: one line."""
     run, val, scored = last(lines, "run"), last(lines, "val").get("loss"), last(lines, "hellaswag")
     config, shape = run["config"], run["model"]
-    if not plot.is_fineweb_edu(lines):
+    if not curve.is_fineweb_edu(lines):
         return "No reference exists for the loss on this data: GPT-2's is known for FineWeb-Edu only."
     if any(shape.get(key) != GPT2[key] for key in GPT2) or config["sequence_length"] != GPT2["block_size"]:
         return "No reproduction of GPT-2 124M: the model has another shape, or was trained on other windows."
@@ -85,7 +86,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def results(folder: Path, lines: list[dict]) -> str:
     """What was reached, beside OpenAI's numbers where they may be compared: a table."""
     run, val, scored, rows = last(lines, "run"), last(lines, "val"), last(lines, "hellaswag"), []
-    loss = openai_loss(folder, run) if plot.is_fineweb_edu(lines) else None
+    loss = openai_loss(folder, run) if curve.is_fineweb_edu(lines) else None
     if val.get("loss") is not None:
         rows.append(["validation loss, nats a token", f"{val['loss']:.4f} after {val['step']:,} steps",
                      f"{loss[0]:.4f}, {loss[1]}" if loss else "not known for these tokens"])
@@ -113,7 +114,7 @@ def facts(lines: list[dict]) -> str:
         rows += [
             ["tokens", f"{final['tokens']:,} in {final['step']:,} steps of {config['total_batch_size']:,}, windows of "
                        f"{config['sequence_length']:,}"],
-            ["training loss", f"{plot.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
+            ["training loss", f"{curve.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
             ["optimizer", f"{config['optimizer']}, learning rate {config['max_lr']:g} to {config['min_lr']:g} after "
                           f"{config['warmup_steps']:,} steps of warm-up, weight decay {config['weight_decay']:g}, "
                           f"gradients clipped to {config['grad_clip']:g}"],
@@ -140,7 +141,7 @@ def not_measured(lines: list[dict]) -> str:
 def write_report(folder) -> Path:
     """Write report.md into a run's folder, from its log -> its path; OSError where that cannot be done."""
     folder = Path(folder)
-    lines = plot.read_log(folder)
+    lines = curve.read_log(folder)
     picture = "![training and validation loss](loss.png)\n\n" if (folder / "loss.png").exists() else ""
     text = (f"# {folder}\n\n**{verdict(folder, lines)}**\n\n{picture}{results(folder, lines)}\n\n{facts(lines)}\n\n"
             f"{not_measured(lines)}\n")
@@ -158,11 +159,11 @@ def model_card(name: str, source: str, parameters: int, folder: Path | None, ste
     """README.md of a model exported from `source`: what it is, and what the log in `folder` says of it up to `step`."""
     data, about = "", f"No log of its training could be read. {not_measured([])}\n"
     try:
-        lines = [line for line in plot.read_log(folder) if line.get("step", 0) <= step] if folder else []
+        lines = [line for line in curve.read_log(folder) if line.get("step", 0) <= step] if folder else []
         if lines:
             about = (f"{verdict(folder, lines)}\n\n## Results\n\n{results(folder, lines)}\n\n{not_measured(lines)}\n"
                      f"\n## Training\n\n{facts(lines)}\n")
-            data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if plot.is_fineweb_edu(lines) else ""
+            data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if curve.is_fineweb_edu(lines) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         pass  # a log of another program or version: the model is exported all the same
     return f"""---

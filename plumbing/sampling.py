@@ -10,7 +10,7 @@
 import torch
 import torch.nn.functional as F
 
-from tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
+from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 
 
 class KeyValueCache:

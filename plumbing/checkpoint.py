@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from shards import check_inside, open_new, replace, sha256
+from plumbing.files import check_inside, open_new, replace, sha256
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_SETTINGS = {  # of transformers' config.json: with another value it is another model
