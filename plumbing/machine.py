@@ -83,7 +83,10 @@ def has_code_for(capability: tuple[int, int], arch_list: list[str]) -> bool:
     every later card. With an `a` it runs on exactly that capability, with an `f` within its major version.
     """
     for entry in arch_list:
-        kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry).groups()
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry)
+        if match is None:  # a notation of a later PyTorch: nothing is refused for that
+            return True
+        kind, major, minor, suffix = match.groups()
         built_for = (int(major), int(minor))
         any_major = kind == "compute" and not suffix
         if built_for == capability:

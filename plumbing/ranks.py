@@ -75,8 +75,8 @@ def fresh_store(rank: int, world_size: int):
 def from_rank0(action, rank: int, world_size: int):
     """Run action() on rank 0 and return its result, which must be picklable, on every rank.
 
-    If it raises UserError or OSError, all ranks raise with the same message: a rank that knew nothing would wait in its
-    next collective until the job is killed.
+    If it raises, the others raise a UserError with the same message: a rank that knew nothing would wait in its next
+    collective until the job is killed.
     """
     if world_size == 1:
         return action()
@@ -84,7 +84,7 @@ def from_rank0(action, rank: int, world_size: int):
     if rank == 0:
         try:
             outcome[0] = action()
-        except (UserError, OSError) as error:
+        except Exception as error:
             raised, outcome[1] = error, str(error) or type(error).__name__
     dist.broadcast_object_list(outcome, src=0)
     result, message = outcome

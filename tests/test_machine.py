@@ -98,6 +98,7 @@ def test_a_card_that_cannot_be_opened_or_has_no_memory_is_told(card, monkeypatch
     ((9, 0), "sm_80 compute_80", True), ((7, 5), "sm_70", True), ((7, 0), "sm_75 sm_80 compute_90", False),
     ((9, 0), "sm_90a", True), ((10, 0), "sm_100", True), ((10, 3), "sm_100f", True), ((12, 0), "sm_100f", False),
     ((10, 3), "sm_100a compute_100a", False), ((12, 1), "sm_90 compute_120", True), ((6, 1), "", False),
+    ((13, 0), "sm_90 gpu_130", True),  # a notation that is not known
 ])
 def test_which_cards_run_the_code_of_a_pytorch(capability, archs, runs):
     assert machine.has_code_for(capability, archs.split()) == runs

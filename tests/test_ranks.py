@@ -68,6 +68,25 @@ cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
 
+BUG = """
+import sys
+import train_gpt2
+from plumbing import checkpoint, cli
+def newest(folder, report):
+    raise RuntimeError("what nobody thought of")
+checkpoint.newest = newest
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
+
+
+def test_a_bug_on_rank_0_keeps_its_traceback_and_is_told_to_the_others(shard_folder, tmp_path):
+    script = tmp_path / "bug.py"
+    script.write_text(BUG)
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), 2, script=script)
+    assert result.returncode == 1 and "rank 1: error: what nobody thought of" in result.stderr, result.stderr
+    assert "Traceback" in result.stderr and "RuntimeError: what nobody thought of" in result.stderr
+
+
 def test_ranks_with_different_cards_take_the_dtype_that_all_have(shard_folder, tmp_path):
     script = tmp_path / "differ.py"
     script.write_text(CARDS_DIFFER)
