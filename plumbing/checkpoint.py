@@ -13,6 +13,7 @@ A checkpoint is what torch.save makes of tensors, numbers, strings, lists and di
 """
 import contextlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -32,6 +33,7 @@ SUMS = "SHA256SUMS"  # of an exported folder
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # matrices that transformers keeps as (in, out)
 KEYS = {"model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "step": int, "position": int,
         "val_loss": float}  # of a checkpoint
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of a GradScaler
 
 
 class CheckpointError(OSError):
@@ -98,9 +100,23 @@ def load(path) -> dict:
     except Exception as error:  # what the unpickler makes of bytes that somebody chose can be any
         raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
     wrong = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if not wrong and not has_sound_scaler(state):
+        wrong = ["scaler"]
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong")
     return state
+
+
+def has_sound_scaler(state: dict) -> bool:
+    """Whether the gradient scaler's state holds numbers to go on with; only runs in float16 must have one."""
+    scaler = state.get("scaler", {})
+    if not scaler:
+        return isinstance(scaler, dict) and state["train_config"].get("dtype") != "float16"
+    if not isinstance(scaler, dict):
+        return False
+    numbers = [scaler.get(name) for name in SCALER]
+    sound = all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers)
+    return sound and scaler["scale"] > 0
 
 
 def newest(folder, report=print) -> tuple[Path, dict] | tuple[None, None]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENCODING, flags, needs, read_log, run
-from test_train import PoisonedLoss, assert_same_run, final_state, train_in_process
+from test_train import PoisonedLoss, assert_same_run, final_state, same, train_in_process
 
 import train_gpt2
+from plumbing import checkpoint
 
 EACH = {"dtype": "float16", "checkpoint_every": 1, "keep_checkpoints": 99}
 
@@ -88,6 +89,22 @@ def test_the_scaler_s_state_is_resumed(shard_folder, tmp_path, poison):
     assert_same_run(whole, resumed)
     states = [final_state(folder)["scaler"] for folder in (whole, resumed)]
     assert states[0] == states[1] and (states[0]["scale"], states[0]["_growth_tracker"]) == (32768, 3)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda scaler: {**scaler, "scale": "65536"}, lambda scaler: {**scaler, "scale": math.nan}, lambda scaler: {},
+    lambda scaler: {**scaler, "scale": 0.0}, lambda scaler: {"scale": 1.0}, lambda scaler: [1.0], lambda scaler: None,
+    lambda scaler: {**scaler, "_growth_tracker": torch.zeros(2)},
+])
+def test_a_checkpoint_with_a_damaged_scaler_is_named_and_the_one_before_used(spoil, shard_folder, tmp_path, capsys):
+    _, out = train_in_process(tmp_path, data=shard_folder, dtype="float16")
+    state = final_state(out)
+    checkpoint.save(out, 6, {**state, "scaler": spoil(state["scaler"])})
+    train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
+    printed = capsys.readouterr().out
+    assert "model_000006.pt is not a checkpoint of train_gpt2.py: scaler missing or wrong" in printed
+    assert "resumed after step 4" in printed
+    assert same(state, final_state(out))
 
 
 def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypatch, capsys):
