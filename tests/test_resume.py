@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, flags, read_log
-from test_train import final_state
+from test_train import assert_same_run, final_state
 
 import train_gpt2
 from plumbing import checkpoint, machine
@@ -52,6 +52,18 @@ def test_checkpoints_of_before_device_kinds_were_stored_are_those_of_a_cpu():
     stored = {"micro_batch_size": 2, "compile": False, "world_size": 1, "activation_checkpointing": False}
     config = TrainConfig(dtype="float32")
     assert adopt_choices(config, stored, torch.device("cpu"), 1) is False and config.micro_batch_size == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_of_before_scalers_were_stored_is_resumed_bit_by_bit(optimizer, shard_folder, tmp_path):
+    whole, older = tmp_path / "whole", tmp_path / "older"
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=whole, optimizer=optimizer)))
+    begin(shard_folder, older, optimizer=optimizer)
+    state = checkpoint.load(older / "model_000004.pt")
+    del state["scaler"], state["train_config"]["device_kind"]
+    checkpoint.save(older, 4, state)
+    go_on(shard_folder, older, optimizer=optimizer)
+    assert_same_run(whole, older)
 
 
 def test_a_stored_compile_is_no_wish_of_the_user_s(shard_folder, tmp_path, monkeypatch, capsys):
