@@ -92,7 +92,7 @@ def load(path) -> dict:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"checksum of {damaged} differs")
-        state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except MemoryError:
@@ -105,6 +105,15 @@ def load(path) -> dict:
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong")
     return state
+
+
+def read_state(path):
+    """What torch.save has written, mapped; read into memory if the name is no UTF-8 or the file system maps nothing."""
+    try:
+        return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the file itself has been verified: if it is at fault, reading it fails too
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def has_sound_scaler(state: dict) -> bool:

@@ -1,4 +1,7 @@
 """A run that goes on on another machine: what is taken over, what is chosen anew, and what is said."""
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +55,15 @@ def test_checkpoints_of_before_device_kinds_were_stored_are_those_of_a_cpu():
     stored = {"micro_batch_size": 2, "compile": False, "world_size": 1, "activation_checkpointing": False}
     config = TrainConfig(dtype="float32")
     assert adopt_choices(config, stored, torch.device("cpu"), 1) is False and config.micro_batch_size == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_resumed(shard_folder, tmp_path):
+    """PyTorch cannot map a file of that name; it must not be taken for damaged."""
+    out = tmp_path / os.fsdecode(b"out\xff")
+    begin(shard_folder, out)
+    go_on(shard_folder, out)
+    assert read_log(out, "run")[-1]["origin"] == "step 4"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
