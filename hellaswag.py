@@ -507,8 +507,8 @@ def main(argv: list[str]) -> None:
             result = evaluate(model, examples, device, config.batch_tokens, config.style, rank, world_size,
                               lambda share: bar.update(int(share * len(examples)) - bar.n))
         if math.isnan(result["acc"]):
-            raise FloatingPointError(f"{config.model} gives losses that are not finite, its weights are damaged: name "
-                                     "an earlier checkpoint")
+            raise FloatingPointError(f"{config.model} gives losses that are not finite: take --dtype float32, or "
+                                     "name an earlier checkpoint")
         if rank == 0:
             report(config, result, model.config.block_size)
         if config.out and rank == 0:

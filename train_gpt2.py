@@ -632,6 +632,8 @@ def adopt_choices(config: TrainConfig, stored: dict, device: torch.device, world
 
     if config.dtype == "auto":
         config.dtype = stored.get("dtype", "auto")
+        if config.dtype not in DTYPES:
+            raise UserError(f"the checkpoint in {config.out_dir} has the unknown dtype {config.dtype!r}: move it away")
         if config.dtype != "auto" and not on_all_ranks(machine.is_native(getattr(torch, config.dtype), device)):
             raise UserError(f"the run in {config.out_dir} is trained in {config.dtype}, which {device} cannot multiply "
                             f"natively: go on where it can, add --dtype {config.dtype} to go on here, far slower, or "

@@ -75,6 +75,11 @@ class BenchConfig:
     def __post_init__(self):
         if self.window not in (1, 2) or self.device not in ("cpu", "cuda") or self.model not in train_gpt2.MODELS:
             raise UserError(f"--window takes 1 or 2, --device cpu or cuda, --model {', '.join(train_gpt2.MODELS)}")
+        for name in ("seconds", "steps", "train_seconds", "batch", "repeats"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0")
+        if self.total_batch_size < 1 or self.total_batch_size % max(1, self.sequence_length):
+            raise UserError("--total_batch_size must be a multiple of --sequence_length")
         self.out = self.out or os.environ.get("OUT") or str(ROOT / "bench" / "results")
         self.compile = self.device == "cuda" if self.compile is None else self.compile
         # the logits are normal with variance 0.02^2 C, as ln_f gives every channel variance 1

@@ -201,13 +201,13 @@ class RunLog:
         """Log the `step`-th step, which took `seconds`, `data_seconds` of them to read its data.
 
         `scale` is the gradient scaler's (float16). Raises FloatingPointError after five skipped steps in a row; an
-        overflow at a scale of 1 or more does not count.
+        overflow of the gradients alone, at a scale of 1 or more, does not count: a smaller scale can mend it.
         """
         self.steps_here += 1  # the first step of a process compiles and warms up: the average forgets it
         self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds
         last, tokens = self.config.max_steps, step * self.config.total_batch_size
         tok_per_s, mfu = self.config.total_batch_size / seconds, self.flops_per_step / seconds / self.peak
-        overflow = scale is not None and scale >= 1 and not math.isfinite(norm)
+        overflow = scale is not None and scale >= 1 and math.isfinite(loss) and not math.isfinite(norm)
         reason = f"overflow at a gradient scale of {scale:,.0f}" if overflow else "not finite"
         print0(f"step {step:>{len(str(last))}}/{last} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                f"{seconds * 1000:,.0f} ms | {tok_per_s:,.0f} tok/s | MFU {mfu:.1%} | "
@@ -220,7 +220,8 @@ class RunLog:
             self.sync()
             raise FloatingPointError(
                 f"five steps in a row without a finite loss and gradient, the last one step {step} (loss {loss}, norm "
-                f"{norm}) at {tokens:,} tokens; they changed no weight: try a lower --max_lr with another --out_dir")
+                f"{norm}) at {tokens:,} tokens; they changed no weight: try a lower --max_lr"
+                f"{' or --dtype float32' if scale is not None else ''} with another --out_dir")
 
     def val(self, step: int, loss: float) -> None:
         """The validation loss after `step` steps."""

@@ -10,6 +10,7 @@
 import torch
 import torch.nn.functional as F
 
+from plumbing.cli import UserError
 from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 
 
@@ -41,7 +42,8 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k: int |
 
     They are drawn from the top_k likeliest (None: from all), and of these from the fewest that have the probability
     top_p together (Holtzman et al. 2020); temperature 0 takes the likeliest. Never an id >= 50,257. A prompt is read
-    once for all its samples. Past block_size the window slides, and every token costs a pass over all of it.
+    once for all its samples. Past block_size the window slides, and every token costs a pass over all of it. Raises
+    UserError if the logits are not finite.
     """
     block_size, cache = model.config.block_size, model.make_cache()
     h = model.hidden_states(idx[:, -block_size:], cache)[:, -1]  # (B, C)
@@ -56,6 +58,8 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k: int |
             h = model.hidden_states(new, cache)[:, -1]  # (B, C)
         logits = model.lm_head(h)[:, :VOCAB_SIZE].float()  # (B, V)
         likeliest, ids = logits.topk(min(top_k or VOCAB_SIZE, logits.size(-1)))  # (B, top_k) each, in falling order
+        if not likeliest[:, 0].isfinite().all():  # nan comes first; to draw from it would end the process on a GPU
+            raise UserError("the logits are not finite: take --dtype float32, or an earlier checkpoint")
         if temperature < 1e-30:  # 0, or nothing to divide by
             next_id = ids[:, :1]  # (B, 1)
         else:
@@ -75,7 +79,7 @@ def generate(model, idx, max_new_tokens: int, temperature=1.0, top_k: int | None
 
 
 def sample_text(model, prompt: str, autocast, device) -> str:
-    """Sample 32 tokens after the prompt with a fixed seed; return a note if the encoding is missing."""
+    """Sample 32 tokens after the prompt with a fixed seed; return a note if there can be none."""
     try:
         encoding = gpt2_encoding()
     except (ImportError, OSError) as error:
@@ -83,6 +87,9 @@ def sample_text(model, prompt: str, autocast, device) -> str:
     if model.config.vocab_size < VOCAB_SIZE:
         return f"(no sample: the model has only {model.config.vocab_size} of GPT-2's tokens)"
     idx = torch.tensor([encoding.encode(prompt, allowed_special="all") or [EOT]], device=device)  # (1, T)
-    with autocast:
-        ids = generate(model, idx, 32, generator=torch.Generator(device).manual_seed(42))  # (1, T + 32)
+    try:
+        with autocast:
+            ids = generate(model, idx, 32, generator=torch.Generator(device).manual_seed(42))  # (1, T + 32)
+    except UserError as error:
+        return f"(no sample: {error})"
     return encoding.decode(ids[0].tolist())

@@ -128,6 +128,14 @@ def test_gpu_bench_refuses_a_window_that_is_not_there(tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("error: --window takes 1 or 2"), result.stderr
 
 
+@pytest.mark.parametrize("flag, value", [("--steps", 0), ("--seconds", -5), ("--train_seconds", "nan"),
+                                         ("--total_batch_size", 500)])
+def test_gpu_bench_refuses_numbers_that_measure_nothing(flag, value, tmp_path):
+    result = bench("bench/gpu.py", *TOY, "--out", tmp_path, flag, value)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {flag} "), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_gpu_bench_fails_if_the_first_loss_is_not_as_expected(tmp_path):
     result = bench("bench/gpu.py", *TOY, "--out", tmp_path, "--first_loss", 9.5, "--seconds", 60)

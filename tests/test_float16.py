@@ -68,6 +68,20 @@ def test_overflows_stop_the_run_only_five_steps_after_the_scale_has_fallen_below
         train_in_process(tmp_path, data=shard_folder, **EACH, max_steps=50)
 
 
+def test_an_overflow_of_the_forward_pass_is_no_overflow_that_a_scale_mends(shard_folder, tmp_path, capsys):
+    """Weights that are finite, and products of theirs past 65,504: five steps, and samples that are told, end it."""
+    _, out = train_in_process(tmp_path, data=shard_folder)
+    state = final_state(out)
+    for name, weight in state["model"].items():
+        if ".mlp." in name and name.endswith("weight"):
+            weight.mul_(10_000)
+    checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 5 .*--dtype float32"):
+        train_in_process(tmp_path, data=shard_folder, dtype="float16", init_from=tmp_path / "model_000001.pt",
+                         max_steps=50, sample_every=2)
+    assert "skipped: not finite" in capsys.readouterr().out
+
+
 def test_a_bad_loss_with_a_good_gradient_is_no_overflow(shard_folder, tmp_path, monkeypatch):
     original = train_gpt2.batch_loss
     monkeypatch.setattr(train_gpt2, "batch_loss", lambda *arguments: (

@@ -11,7 +11,8 @@ from test_model import random_gpt2
 
 import generate as generate_command
 from generate import GenerateConfig, continuations
-from plumbing.sampling import generate, stream_tokens
+from plumbing.cli import UserError
+from plumbing.sampling import generate, sample_text, stream_tokens
 from plumbing.tokenizer import EOT, gpt2_encoding
 from train_gpt2 import GPT, GPTConfig
 
@@ -291,3 +292,13 @@ def test_stdin_that_is_no_text(folder):
     result = subprocess.run(command(["--model", folder[0], "--prompt", "-"], script=SCRIPT), input=b"\xff\xfe",
                             capture_output=True)
     assert result.returncode == 2 and b"error: stdin is not UTF-8 text" in result.stderr
+
+
+def test_logits_that_are_not_finite_are_told_in_training_and_in_the_stream():
+    model, idx = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=8)), torch.zeros(1, 2).long()
+    for bad in (float("nan"), float("inf")):
+        torch.nn.init.constant_(model.transformer.ln_f.bias, bad)
+        with pytest.raises(UserError, match="the logits are not finite: take --dtype float32"):
+            next(stream_tokens(model, idx, 1))
+        sample = sample_text(model, "Once", torch.autocast("cpu", enabled=False), torch.device("cpu"))
+        assert sample.startswith("(no sample: the logits are not finite")

@@ -93,6 +93,12 @@ def test_a_stored_compile_is_no_wish_of_the_user_s(shard_folder, tmp_path, monke
     assert "compile | no: no working compiler (FileNotFoundError)" in capsys.readouterr().out
 
 
+def test_a_stored_dtype_that_is_none_is_refused():
+    for dtype in ("float64", "int7", 3):
+        with pytest.raises(UserError, match="has the unknown dtype"):
+            adopt_choices(TrainConfig(), {"dtype": dtype}, torch.device("cpu"), 1)
+
+
 def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp_path, monkeypatch):
     begin(shard_folder, tmp_path, dtype="bfloat16")
     monkeypatch.setattr(machine, "is_native", lambda dtype, device: dtype == torch.float32)
