@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 
 class UserError(Exception):
@@ -46,33 +47,119 @@ def run_command(main, *arguments):
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)  # one line, whatever raised it
+    with contextlib.suppress(OSError):  # one line, in one write: other ranks write to the same terminal
+        sys.stderr.write(f"{rank}error: {' '.join(message.split())}\n")
+        sys.stderr.flush()
     sys.exit(code)
 
 
-def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = ()) -> dict:
-    """The flags given in argv as {field: value}: each field of the dataclass `cls` is a flag, its trailing comment in
-    the source the help text; those named in `positional` are no flags. UserError, one line, for a wrong flag."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(cls):
-        text = comments.get(field.name, "").replace("%", "%%")
-        if field.default not in (None, dataclasses.MISSING):
-            text += f" (default: {field.default if field.default != '' else 'empty'})"
-        if field.name in positional:
-            several = {"nargs": "*", "type": str} if field.type is list else {"type": field.type}
-            parser.add_argument(field.name, help=text, **several)
-        elif field.type in (bool, bool | None):
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
+class Range(NamedTuple):
+    """The numbers that a field of type Annotated[int, Range(low, high)] accepts, both ends included."""
+    low: float = 0
+    high: float = 2**32 - 1
+
+    def __str__(self):
+        return f"a number from {self.low} to {'2**32 - 1' if self.high == 2**32 - 1 else self.high}"
+
+
+Positive = Annotated[int, Range(1)]  # a plain int or float accepts 0 too
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def check_values(config) -> None:
+    """Check the values of a dataclass by the types of its fields, in its __post_init__.
+
+    Raises UserError, "--name is x, it must be y", for the first that is wrong. A str must not be empty unless it is so
+    by default; a path given for one becomes text.
+    """
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind is str:
+            if value is not None and not isinstance(value, str):
+                value = str(value)
+                object.__setattr__(config, field.name, value)  # a frozen dataclass too
+            wrong = "a name or a path" if value == "" and field.default != "" else ""
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=text)
+            wrong = "" if accepts(kind, value) else describe_type(kind)
+        if wrong:
+            raise UserError(f"--{field.name} is {value!r}, it must be {wrong}")
+
+
+def accepts(kind, value) -> bool:
+    """Return whether a value is one that a field of this type may have."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (bool, bool | None):
+        return isinstance(value, bool) or (value is None and kind is not bool)
+    number, *ranges = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    if number not in (int, float):
+        return True
+    low, high = ranges[0] if ranges else Range()
+    return isinstance(value, (int, number)) and not isinstance(value, bool) and low <= value <= high  # nan is not
+
+
+def describe_type(kind) -> str:
+    """Say what a field of this type accepts."""
+    if get_origin(kind) is Literal:
+        *first, last = map(str, get_args(kind))
+        return f"{'one of ' if len(first) > 3 else ''}{', '.join(first)} or {last}"
+    if kind in (bool, bool | None):
+        return "True or False"
+    return str(get_args(kind)[1] if get_origin(kind) is Annotated else Range())
+
+
+RENAMED = {"recipe": "preset"}  # flags of earlier versions
+
+
+def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = (), extra=()) -> dict:
+    """Read the flags in argv -> {field: value} of those that are given.
+
+    Each field of the dataclass `cls` is a flag. The comment behind it in the source is its help text, and a line that
+    is only a comment begins a group of flags. Fields named in `positional` are arguments without a flag; `extra` are
+    flags beside the fields, {name: (choices, help text)}. Raises UserError, in one line, for a wrong flag.
+    """
+    source = inspect.getsource(cls)
+    program = os.path.basename(sys.argv[0]) if sys.argv[0].endswith(".py") else f"{cls.__module__}.py"
+    usage = " ".join(["python", program, *(f"{name.upper()}" for name in positional), "[--flag VALUE ...]"])
+    parser = OneLineParser(description=description, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                           formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100))
+    group = parser
+    for name, (choices, text) in dict(extra).items():
+        parser.add_argument(f"--{name}", choices=choices, help=text)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", source, re.MULTILINE):
+        if heading:
+            group = parser.add_argument_group(heading)
+        elif name in fields:
+            add_argument(group, fields[name], text, name in positional)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
+
+
+def add_argument(group, field, text: str, is_positional: bool) -> None:
+    """Add the flag of one field of a dataclass, or its argument without a flag."""
+    kind, text = field.type, text.replace("%", "%%")
+    if field.default not in (None, dataclasses.MISSING):
+        text += f" (default: {field.default if field.default != '' else 'empty'})"
+    if kind in (bool, bool | None):
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
+    elif kind is list:
+        group.add_argument(field.name, help=text, nargs="*", type=str)
+    elif is_positional:
+        group.add_argument(field.name, help=text, type=kind)
+    elif get_origin(kind) is Literal:
+        group.add_argument(f"--{field.name}", metavar="{" + ",".join(map(str, get_args(kind))) + "}", help=text)
+    else:
+        kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        group.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are a UserError: one line, no usage dump."""
 
     def error(self, message):
+        for old, new in RENAMED.items():
+            if f"--{old}" in message.replace("=", " ").split():
+                raise UserError(f"--{old} is now --{new} (--help lists every flag)")
         raise UserError(f"{message} (--help lists every flag)")
 
 

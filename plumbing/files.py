@@ -1,16 +1,18 @@
-"""Files that are written whole, hashed, and do not lead out of their folder."""
+"""Files that are written whole or not at all, hashed, locked, and that do not lead out of their folder."""
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 
 class DataError(OSError):
-    """Data that is not there or cannot be trained on; the message names the file and the remedy."""
+    """Data that is missing or cannot be trained on; the message names the file and the remedy."""
 
 
 def check_inside(path: Path) -> None:
-    """DataError where `path` is a link out of its folder, since a folder from elsewhere must not lead anywhere, or is
-    no regular file. The hub's cache may: its snapshots/COMMIT/ are links to blobs/.
+    """Raise DataError if `path` is a link out of its folder or is not a regular file.
+
+    A folder from elsewhere must not lead anywhere else. The hub's cache may: its snapshots/COMMIT/ are links to blobs/.
     """
     folders, target = [path.parent], Path(os.path.realpath(path))
     if path.parent.parent.name == "snapshots":
@@ -21,24 +23,70 @@ def check_inside(path: Path) -> None:
         raise DataError(f"{path} is not a file: move it away")
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Give a file to write bytes to, which becomes `path` at the end.
+
+    At any instant `path` is what it was before or the whole new file: the bytes go to a temporary file beside it, which
+    is fsynced and then renamed. After an error the temporary file is deleted and `path` is left as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open_new(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def open_new(path: Path):
-    """A new file to write bytes to; one that is there, be it a link that leads elsewhere, goes first."""
+    """Open a new file for writing bytes. An old one goes first: it may be a link that leads elsewhere."""
+    if path.is_dir() and not path.is_symlink():
+        raise DataError(f"{path} is a folder, where a temporary file has to be written: move it away")
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def replace(temporary: Path, path: Path) -> None:
-    """Give a written and fsynced file its name, so that the name survives a power cut where folders can be opened."""
+    """Rename a file that has been fsynced, and fsync the folder so that the name survives a power cut too."""
     os.replace(temporary, path)
-    if os.name == "posix":
+    if os.name == "posix":  # other systems cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder, busy: str, remedy: str, name: str = ".lock"):
+    """Create `folder` and hold it, so that no other process writes the same files; yields the folder.
+
+    Raises OSError, "{busy} {folder}: wait for it, or {remedy}", if a live process holds it, and OSError if the folder
+    cannot be written to. The operating system drops the lock when the process ends, however it ends.
+    """
+    import filelock
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / name)
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise OSError(f"{busy} {folder}: wait for it, or {remedy}") from error
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror or error}: {remedy}") from error
+    try:
+        yield folder
+    finally:
+        held.release()
