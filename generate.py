@@ -1,106 +1,101 @@
-"""Continue a prompt with a model of train_gpt2.py, an exported folder or OpenAI's weights.
+"""Continue a prompt with a checkpoint of train_gpt2.py, an exported folder or OpenAI's weights.
 
     python generate.py --model log --prompt "Hello, I'm a language model," --num_samples 4
-    python generate.py --model gpt2 --interactive             # one prompt after the other; Ctrl-D ends
-    git log -1 | python generate.py --model log --prompt -    # the prompt from stdin
+    python generate.py --model gpt2 --interactive             # asks for one prompt after another; Ctrl-D ends it
+    git log -1 | python generate.py --model log --prompt -    # reads the prompt from stdin
 
-The text comes as it is made, in whole characters; what is said about it goes to stderr. A sample ends with
-<|endoftext|>, which is not shown, or after max_new_tokens. How a token is drawn is in sampling.stream_tokens().
+Text streams to stdout as it is generated, in whole characters; timings go to stderr. A sample ends after max_new_tokens
+or at <|endoftext|>, which is not printed. How a token is drawn is in plumbing/sampling.py, choose_token().
 """
 import codecs
 import contextlib
+import functools
 import importlib
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from plumbing import machine
-from plumbing.cli import UserError, parse_flags, plural, run_command
+from plumbing.cli import Dtype, Prompt, Range, UserError, check_values, parse_flags, plural, require, run_command
 from plumbing.ranks import processes
-from plumbing.sampling import stream_tokens
+from plumbing.sampling import choose_token, stream_tokens
 from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
-from train_gpt2 import DTYPES, GPT, load_model
+from train_gpt2 import GPT
 
-LONGEST = 200_000  # characters of a prompt: tiktoken's stack overflows on a million spaces
+LONGEST_PROMPT = 200_000  # characters; tiktoken's stack overflows on a million spaces
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateConfig:
-    """What to write: every field is a flag."""
-
-    model: str = "log"  # a run's folder, a .pt file, a transformers folder, or OpenAI's gpt2 ... gpt2-xl
-    prompt: str = "Hello, I'm a language model,"  # what to continue; - reads stdin; empty: a new document
-    num_samples: int = 1  # continuations of a prompt, made together
-    max_new_tokens: int = 200  # tokens a sample, at most
-    temperature: float = 1.0  # above 1 more daring, below 1 more cautious, 0: always the likeliest token
-    top_k: int = 50  # draw from so many of the likeliest tokens (0: from all)
-    top_p: float = 1.0  # and of these from the fewest that have this probability together
-    seed: int = 42  # of the draws: the same again gives the same text
-    interactive: bool = False  # ask for prompts, each on its own, until Ctrl-D
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # precision of matrix products: float32, or autocast to bfloat16 or float16 (auto: by hardware)
+    """What to generate, and how. Raises UserError for a value out of its range."""
+    # Text
+    model: str = "log"  # run folder, .pt file, transformers folder, or OpenAI's gpt2 to gpt2-xl
+    prompt: Prompt = "Hello, I'm a language model,"  # text to continue (-: read from stdin; empty: begin a new text)
+    num_samples: Annotated[int, Range(1, 10_000)] = 1  # samples per prompt, generated as one batch
+    max_new_tokens: Annotated[int, Range(1, 1_000_000)] = 200  # tokens per sample, at most
+    interactive: bool = False  # ask for prompts, each independent of those before it, until Ctrl-D
+    # Sampling
+    temperature: float = 1.0  # randomness: 0 takes the most likely token, 1 samples as the model predicts
+    top_k: Annotated[int, Range(0, 2**31 - 1)] = 50  # most likely tokens to draw from (0: all)
+    top_p: Annotated[float, Range(0, 1)] = 1.0  # total probability of the most likely tokens to draw from (1: all)
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 42  # seed for the draws
+    # Machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    dtype: Dtype = "auto"  # precision of matrix products (auto: by hardware; 16 bits by autocast)
 
     def __post_init__(self):
-        for name, right, what in (
-            ("num_samples", 1 <= self.num_samples <= 10_000, "from 1 to 10,000"),
-            ("max_new_tokens", 1 <= self.max_new_tokens <= 1_000_000, "from 1 to 1,000,000"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", 0 <= self.top_k < 2**31, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**63, "0 or more"),
-            ("dtype", self.dtype in DTYPES, "auto, float32, bfloat16 or float16"),
-        ):
-            if not right:
-                raise UserError(f"--{name} is {getattr(self, name)!r}, it must be {what}")
+        check_values(self)
+        require(self, "top_p", self.top_p > 0, "more than 0 and at most 1")
 
 
 def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) -> Iterator[tuple[int, str, int]]:
-    """Yield (sample, text, tokens): what to show next, whole characters, and how many tokens were made meanwhile.
+    """Yield (sample, text, tokens): the text to print next, and the number of tokens generated since the last yield.
 
-    All samples are made together. The first is shown as it comes; where it ends the second follows, as far as it is by
-    then, and so on. UserError for a prompt that is too long to encode.
+    All samples are generated at once. The first is printed as it grows; when it ends, what there is of the second
+    follows, and so on. Raises UserError if the prompt is too long to encode.
     """
-    if len(prompt) > LONGEST:
-        raise UserError(f"the prompt has {len(prompt):,} characters: take its end, the model reads no more than its "
-                        f"last {model.config.block_size:,} tokens")
-    encoding, n, shown, made = gpt2_encoding(), config.num_samples, 0, 0
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"the prompt has {len(prompt):,} characters: shorten it to its end, as the model reads no more "
+                        f"than the last {model.config.block_size:,} tokens")
+    encoding, n, current, count = gpt2_encoding(), config.num_samples, 0, 0
     tokens = encoding.encode(prompt, allowed_special="all") or [EOT]
     idx = torch.tensor([tokens], device=generator.device)  # (1, T)
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]  # they keep torn characters back
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]  # they hold back half characters
     waiting, ended = [""] * n, [False] * n
-    stream = stream_tokens(model, idx, config.max_new_tokens, config.temperature, config.top_k or None, generator,
-                           config.top_p, n)
-    for position, ids in enumerate(stream):
+    choose = functools.partial(choose_token, temperature=config.temperature, top_k=config.top_k or None,
+                               top_p=config.top_p, generator=generator)
+    for position, ids in enumerate(stream_tokens(model, idx, config.max_new_tokens, choose, n)):  # (n, 1) each
         for i, token in enumerate(ids.squeeze(1).tolist()):
             if not ended[i]:
-                made, ended[i] = made + 1, token == EOT or position == config.max_new_tokens - 1
+                count += 1
+                ended[i] = token == EOT or position == config.max_new_tokens - 1
                 new = b"" if token == EOT else encoding.decode_single_token_bytes(token)
                 waiting[i] += decoders[i].decode(new, final=ended[i])
-        while shown < n and (waiting[shown] or ended[shown]):
-            yield shown, waiting[shown], made
-            waiting[shown], made = "", 0
-            if not ended[shown]:
+        while current < n and (waiting[current] or ended[current]):
+            yield current, waiting[current], count
+            waiting[current], count = "", 0
+            if not ended[current]:
                 break
-            shown += 1
+            current += 1
         if all(ended):
             return
 
 
 def answer(model: GPT, prompt: str, config: GenerateConfig, generator) -> None:
-    """Print the prompt and its continuations on stdout, and on stderr how fast they came."""
+    """Print the prompt and its continuations on stdout, and the speed on stderr."""
     started, tokens, last = time.perf_counter(), 0, -1
-    for sample, text, made in continuations(model, prompt, config, generator):
-        if sample > last:  # a sample begins
+    for sample, text, count in continuations(model, prompt, config, generator):
+        if sample > last:  # a new sample begins
             end = "\n" if last >= 0 else ""
             title = f"--- sample {sample + 1} of {config.num_samples}\n" if config.num_samples > 1 else ""
             print(end + title + prompt, end="", flush=True)
         print(text, end="", flush=True)
-        last, tokens = sample, tokens + made
+        last, tokens = sample, tokens + count
     print(flush=True)
     seconds = time.perf_counter() - started
     print(f"({tokens:,} {plural(tokens, 'token')} in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s)",
@@ -108,13 +103,13 @@ def answer(model: GPT, prompt: str, config: GenerateConfig, generator) -> None:
 
 
 def prompts(config: GenerateConfig) -> Iterator[str]:
-    """What is to be continued: the prompt, what stdin holds, or what a person types until Ctrl-D or Ctrl-C."""
+    """Yield the prompt, or what stdin holds, or each line that a person types until Ctrl-D or Ctrl-C."""
     if not config.interactive:
         if config.prompt != "-":
             yield config.prompt
             return
         try:
-            yield sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # the one that echo adds
+            yield sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # echo adds one
         except UnicodeDecodeError as error:
             raise UserError(f"stdin is not UTF-8 text ({error}): convert it") from error
         return
@@ -128,18 +123,25 @@ def prompts(config: GenerateConfig) -> Iterator[str]:
         print()  # Ctrl-D leaves the cursor behind the prompt
 
 
+def load(config: GenerateConfig, device: torch.device) -> GPT:
+    """Load the model. Raises UserError if it cannot write text."""
+    model = GPT.load(config.model).to(device)
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise UserError(f"{config.model} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{config.model} has weights that are not finite: name an earlier checkpoint")
+    return model
+
+
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
     flags = parse_flags(GenerateConfig, argv, "Continue a prompt with a GPT-2.")
     config = GenerateConfig(**flags)
     if config.interactive and "prompt" in flags:
         raise UserError("--interactive asks for prompts: leave --prompt out")
-    with processes(config.device) as (_, _, device):
-        model = load_model(config.model, device)
-        if model.config.vocab_size < VOCAB_SIZE:
-            raise UserError(f"{config.model} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise UserError(f"{config.model} has weights that are not finite: name an earlier checkpoint")
+    with processes(config.device) as world:
+        device = world.device
+        model = load(config, device)
         dtype, why = machine.pick_dtype(config.dtype, device)
         print(f"{config.model}, {model.count_parameters():,} parameters; {machine.describe_device(device)}, "
               f"{str(dtype).removeprefix('torch.')}: {why}", file=sys.stderr)
@@ -152,13 +154,13 @@ def main(argv: list[str]) -> None:
                     if not config.interactive:
                         raise
                     print(f"error: {error}" if isinstance(error, UserError) else "\n(stopped)", file=sys.stderr)
-                except BrokenPipeError:  # whoever read this has seen enough, as head does
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed has a place to go
-                    sys.exit(141)  # as the shell says of SIGPIPE
+                except BrokenPipeError:  # the reader of stdout has seen enough, as head has
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a place for what is still to be flushed
+                    sys.exit(141)  # as a shell reports SIGPIPE
                 except (RuntimeError, MemoryError) as error:
                     if not machine.is_out_of_memory(error):
                         raise
-                    raise UserError("out of memory: take fewer --num_samples") from error
+                    raise UserError("out of memory: use a smaller --num_samples") from error
 
 
 if __name__ == "__main__":

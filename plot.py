@@ -1,50 +1,57 @@
-"""log.jsonl -> loss.png: training and validation loss, HellaSwag, learning rate; several runs in one picture.
+"""Draw log.jsonl: training and validation loss, HellaSwag, learning rate; several runs in one picture.
 
-    python plot.py log                              # log/loss.png, as training draws it after a validation
-    python plot.py log/a log/b --x hours            # two runs, one over the other, into ./loss.png
+    python plot.py log                        # writes log/loss.png, as training does after a validation
+    python plot.py log/a log/b --x hours      # compares two runs in ./loss.png
 
-The training loss of single steps is thin and pale, with its average over 2 % of the steps, at least nine, on it;
-validation has dots; the legend has the last value of each, of the training loss the mean over the last 20 steps.
-Dotted lines show OpenAI's GPT-2 124M where the data is FineWeb-Edu. Hours are those of training, without evaluation.
+The training loss of single steps is thin and pale; the line on it is its average over 2 % of the steps, at least 9.
+Dots are validation losses. The legend gives the last value of each curve, and the training loss as the mean of the last
+20 steps. Dotted lines show OpenAI's GPT-2 124M if the data are FineWeb-Edu. Hours are hours of training, without
+evaluation.
 """
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from plumbing.cli import UserError, parse_flags, run_command
+from plumbing.cli import UserError, check_values, parse_flags, require, run_command
 from plumbing.curve import draw, read_log
 
+FORMATS = (".png", ".svg", ".pdf")
 
-@dataclass
+
+@dataclass(frozen=True)
 class PlotConfig:
-    """What to draw: every field is a flag, but for the runs."""
+    """What to draw. Raises UserError for a value out of its range."""
+    runs: list = field(default_factory=lambda: ["log"])  # run folders, or log.jsonl files (default: log)
+    x: Literal["tokens", "steps", "hours"] = "tokens"  # horizontal axis
+    out: str = ""  # picture, .png, .svg or .pdf (empty: loss.png in the run's folder, or here for several runs)
 
-    runs: list = field(default_factory=lambda: ["log"])  # folders that hold a log.jsonl, or such files (default: log)
-    x: str = "tokens"  # tokens, steps or hours
-    out: str = ""  # picture to write: .png, .svg or .pdf (empty: loss.png beside a single log, else in this folder)
+    def __post_init__(self):
+        check_values(self)
+        require(self, "out", not self.out or Path(self.out).suffix in FORMATS, "a name that ends in .png, .svg or .pdf")
+
+
+def read_losses(name: str) -> list[dict]:
+    """Read the log of a run. Raises UserError if there is none, or it has no losses yet."""
+    try:
+        lines = read_log(name)
+    except OSError as error:
+        inside = next((f", such as {path.parent}" for path in sorted(Path(name).glob("*/log.jsonl"))), "")
+        raise UserError(f"no log.jsonl in {name!r} ({error.strerror}): name a folder that training wrote to"
+                        f"{inside}") from error
+    if not any(line["kind"] in ("train", "val") for line in lines):
+        raise UserError(f"{name} has no losses to draw yet")
+    return lines
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    config = PlotConfig(**parse_flags(PlotConfig, argv, "Draw log.jsonl.", positional=("runs",)))
-    if config.x not in ("tokens", "steps", "hours"):
-        raise UserError(f"--x is {config.x!r}, it must be tokens, steps or hours")
-    logs = {}
-    for name in config.runs:
-        try:
-            lines = read_log(name)
-        except OSError as error:
-            inside = next((f", such as {path.parent}" for path in sorted(Path(name).glob("*/log.jsonl"))), "")
-            raise UserError(f"no log.jsonl in {name!r} ({error.strerror}): name a folder that training wrote to"
-                            f"{inside}") from error
-        if not any(line["kind"] in ("train", "val") for line in lines):
-            raise UserError(f"{name} has no losses to draw yet")
-        logs[name] = lines
-    first = Path(config.runs[0])
-    beside = first if first.is_dir() else first.parent
-    out = Path(config.out or (beside / "loss.png" if len(logs) == 1 else "loss.png"))
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out is {config.out!r}, it must end in .png, .svg or .pdf")
+    config = PlotConfig(**parse_flags(PlotConfig, argv, "Draw the log of one or more runs.", positional=("runs",)))
+    logs = {name: read_losses(name) for name in config.runs}
+    out = Path(config.out or "loss.png")
+    if not config.out and len(logs) == 1:
+        run = Path(config.runs[0])
+        out = (run if run.is_dir() else run.parent) / "loss.png"
     try:
         draw(logs, out, config.x)
     except OSError as error:

@@ -1,96 +1,109 @@
-"""All that a GPU must show, in two windows of eight minutes each: `bench/gpu.sh`, then `bench/gpu.sh --window 2`
+"""Measure and test everything on a GPU, in two windows of eight minutes each.
+
+    bench/gpu.sh
+    bench/gpu.sh --window 2
 
 Window 1: versions and attention kernels; the tests that need a GPU; tokens/s, memory and the first step of the default
-run of GPT-2 124M, with a cold and a warm compile cache; flash attention, B=32 and eager beside it; generation and
-HellaSwag; the tests of torch.compile. Window 2: training for two minutes, with its loss curve; float16; activation
-checkpointing; options of torch.compile; the choice of B on a card that another process also uses.
+run of GPT-2 124M, with a cold and a warm compile cache; flash attention, B=32 and eager for comparison; generation and
+HellaSwag; the tests of torch.compile. Window 2: two minutes of training, with the loss curve; float16; the memory of
+larger models, with and without activation checkpointing; options of torch.compile; the choice of B on a card that
+another process also uses.
 
 The most valuable parts come first, each in a process of its own. A part that fails shows its last lines, makes the
-exit code 1 and stops nothing else; one for which no time is left is left out. The table grows on stdout. In the folder
---out, gpu1.json or gpu2.json holds its rows with all figures and the .log beside it what the parts printed; gpu2.png
-and gpu2.jsonl are the curve and the log of the two minutes. tests/test_bench.py runs both windows on a CPU.
+exit code 1 and stops nothing else; a part that does not fit into the time left is left out. The table grows on stdout.
+In the folder --out, gpu1.json or gpu2.json holds its rows with all figures, and the .log beside it what the parts
+printed; gpu2.png and gpu2.jsonl are the curve and the log of the two minutes. tests/test_bench.py runs both windows on
+a CPU.
 """
-import os
-import sys
-
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-import time
-
-BEGAN = time.perf_counter()  # before PyTorch is imported: the first step counts from here
-
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 import hellaswag
 import train_gpt2
-from plumbing import checkpoint, cli, machine, runlog, sampling
-from plumbing.cli import UserError, parse_flags, run_command
+from plumbing import cli, machine, sampling
+from plumbing.cli import Positive, Range, UserError, parse_flags, run_command
+from plumbing.ranks import World
+from plumbing.runlog import RunLog
+from plumbing.tokenizer import VOCAB_SIZE, gpt2_encoding
 
-ROOT = Path(sys.path[0])
+ROOT = Path(__file__).resolve().parent.parent
 DEFAULT, TWO_MINUTES = "the default run", "training from fresh weights"  # runs that others are compared with
+# a process that holds a share of the GPU's memory until its stdin is closed
 HOLD = """
 import sys, torch
 size = int(float(sys.argv[1]) * torch.cuda.get_device_properties(0).total_memory)
 held = torch.empty(size, dtype=torch.uint8, device="cuda")
 print("held", flush=True)
 sys.stdin.read()
-"""  # a process that holds a share of the GPU's memory until its stdin is closed
+"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchConfig:
-    """Every field is a flag; the defaults are for a GPU."""
-
-    window: int = 1  # which half of the parts to run: 1 or 2
+    """Settings of this bench, for a GPU by default; every field is a flag."""
+    # What runs
+    window: Annotated[int, Range(1, 2)] = 1  # half of the parts to run: 1 or 2
     out: str = ""  # folder for figures and logs (empty: $OUT, or bench/results)
-    seconds: int = 480  # time limit for the window
-    train_seconds: float = 120  # length of the training run in window 2, after its first step
-    model: str = "gpt2"  # model to train: a name in train_gpt2.MODELS
-    sequence_length: int = 1024  # tokens per sequence
-    total_batch_size: int = 524288  # tokens per optimizer step
-    steps: int = 7  # optimizer steps of the short runs; the first two and a profiled last one are not timed
-    batch: int = 32  # B to compare with the chosen one
+    seconds: Positive = 480  # time limit for the window
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu tries this script at toy size
+    compile: bool | None = None  # torch.compile (default: on a GPU)
+    # Training
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = "gpt2"  # shape of the model
+    sequence_length: Positive = 1024  # tokens per sequence
+    total_batch_size: Positive = 524288  # tokens per optimizer step
+    steps: Positive = 7  # optimizer steps of the short runs; the first two and a profiled last one are not timed
+    train_seconds: Annotated[float, Range(1)] = 120  # length of the training run in window 2, after its first step
+    batch: Positive = 32  # micro-batch size to compare with the chosen one
     first_loss: float = 0  # expected loss of the first step, within 0.1 (0: what theory says of random weights)
-    repeats: int = 30  # times that the tests' thirty HellaSwag examples are scored
-    device: str = "cuda"  # cuda, or cpu to try this script at toy size
-    compile: bool | None = None  # whether to compile (default: on a GPU)
+    # HellaSwag
+    repeats: Positive = 30  # times that the tests' thirty HellaSwag examples are scored
 
     def __post_init__(self):
-        if self.window not in (1, 2) or self.device not in ("cpu", "cuda") or self.model not in train_gpt2.MODELS:
-            raise UserError(f"--window takes 1 or 2, --device cpu or cuda, --model {', '.join(train_gpt2.MODELS)}")
-        for name in ("seconds", "steps", "train_seconds", "batch", "repeats"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be more than 0")
-        if self.total_batch_size < 1 or self.total_batch_size % max(1, self.sequence_length):
-            raise UserError("--total_batch_size must be a multiple of --sequence_length")
-        self.out = self.out or os.environ.get("OUT") or str(ROOT / "bench" / "results")
-        self.compile = self.device == "cuda" if self.compile is None else self.compile
-        # the logits are normal with variance 0.02^2 C, as ln_f gives every channel variance 1
-        theory = math.log(train_gpt2.PADDED_VOCAB_SIZE) + 0.02**2 * train_gpt2.MODELS[self.model]["n_embd"] / 2
-        self.first_loss = self.first_loss or round(theory, 3)
+        cli.check_values(self)
+        cli.require(self, "total_batch_size", self.total_batch_size % self.sequence_length == 0,
+                    f"a multiple of sequence_length, {self.sequence_length}")
+
+
+def fill_in(config: BenchConfig) -> BenchConfig:
+    """Replace the defaults that depend on the other settings or on the environment by what they stand for."""
+    # the logits are normal with variance 0.02^2 C, as ln_f gives every channel variance 1
+    theory = math.log(train_gpt2.PADDED_VOCAB_SIZE) + 0.02**2 * shape_of(config.model, config).n_embd / 2
+    return dataclasses.replace(
+        config, out=config.out or os.environ.get("OUT") or str(ROOT / "bench" / "results"),
+        compile=config.device == "cuda" if config.compile is None else config.compile,
+        first_loss=config.first_loss or round(theory, 3))
+
+
+def shape_of(name: str, config: BenchConfig) -> train_gpt2.GPTConfig:
+    """Return the shape that training gives a new model of this name."""
+    return train_gpt2.GPTConfig(block_size=config.sequence_length, vocab_size=train_gpt2.PADDED_VOCAB_SIZE,
+                                **train_gpt2.MODELS[name])
 
 
 @dataclass
 class Part:
-    """A process under way."""
-
+    """A process that runs, or has run, one part."""
     name: str
     process: subprocess.Popen
     output: Path  # stdout and stderr
@@ -98,7 +111,7 @@ class Part:
 
 
 class Report:
-    """Runs the parts, and keeps the rows of the table and the JSON file."""
+    """Runs the parts and keeps the rows of the table and of the JSON file."""
 
     def __init__(self, config: BenchConfig, folder: Path):
         self.config, self.folder, self.end = config, folder, time.monotonic() + config.seconds
@@ -110,12 +123,12 @@ class Report:
         self.log.write_text("")
 
     def row(self, name: str, text: str, values=None, right: bool = True) -> None:
-        """Add a row of the table, of a failure unless `right`."""
+        """Add a row to the table; unless `right` it is a failure."""
         self.failed |= not right
         self._add(name, "done" if right else "failed", text if right else f"failed: {text}", values)
 
     def leave_out(self, name: str, why: str) -> None:
-        """Add the row of something that is left out."""
+        """Add the row of something that is left out, and why."""
         self._add(name, "left out", f"left out: {why}", None)
 
     def _add(self, name: str, state: str, text: str, values) -> None:
@@ -127,7 +140,7 @@ class Report:
         os.replace(temporary, self.json)
 
     def lacks_gpu(self, *names: str) -> bool:
-        """Whether there is no GPU, which rows of these names then say."""
+        """Return whether there is no GPU; if so, rows of these names say it."""
         if self.on_cuda:
             return False
         for name in names:
@@ -135,7 +148,7 @@ class Report:
         return True
 
     def start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Part:
-        """Start `python ARGUMENTS` in a process group of its own, with one compile cache for all parts."""
+        """Start `python ARGUMENTS` in a process group of its own; all parts share one compile cache."""
         output, figures = (self.folder / f"{len(self.parts)}.{suffix}" for suffix in ("out", "json"))
         caches = {f"{kind}_CACHE_DIR": str(self.folder / kind) for kind in ("TORCHINDUCTOR", "TRITON")}
         environment = {**os.environ, **caches, "BENCH_FIGURES": str(figures), **environment}
@@ -146,7 +159,7 @@ class Report:
         return self.parts[-1]
 
     def kill(self, part: Part) -> None:
-        """Kill what is left of a part and of the processes it has started: nothing may stay on the GPU."""
+        """Kill what is left of a part and of the processes that it has started, so that nothing stays on the GPU."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(part.process.pid, signal.SIGKILL)
         part.process.wait()
@@ -182,18 +195,19 @@ class Report:
         return None
 
     def order(self, do: str, **settings) -> dict[str, str]:
-        """The environment in which this script runs the function `do` of PARTS."""
-        return {"BENCH_GPU": json.dumps({"do": do, "config": vars(self.config), "data": str(self.folder), **settings})}
+        """Return the environment in which this script runs the function `do` of PARTS, which starts at once."""
+        common = {"do": do, "config": vars(self.config), "data": str(self.folder), "started": time.monotonic()}
+        return {"BENCH_GPU": json.dumps({**common, **settings})}
 
     def measure(self, name: str, do: str, environment=None, least: float = 20, cap: float = 150, **settings) -> dict:
-        """Run the function `do` of PARTS in a process of its own; return its figures, none if it has failed."""
+        """Run the function `do` of PARTS in a process of its own; return its figures, or {} if it fails."""
         environment = {**self.order(do, **settings), **(environment or {})}
-        done = self.run(name, ["bench/gpu.py"], environment, least, cap) is not None
+        done = self.run(name, ["-m", "bench.gpu"], environment, least, cap) is not None
         self.figures[name] = json.loads(self.parts[-1].figures.read_text()) if done else {}
         return self.figures[name]
 
     def train(self, name: str, check=lambda figures: ("", True), **settings) -> dict:
-        """Train and add a row, in which check(figures) -> (text, whether all is right) has a say."""
+        """Train and add a row; check(figures) returns a text for it and whether all is right."""
         figures = self.measure(name, "train", **{"least": 30, **settings})
         if figures:
             text, right = check(figures)
@@ -216,34 +230,34 @@ def compare(losses: list, expected: list, tolerance: float) -> tuple[str, bool]:
 
 
 def train(settings: dict) -> dict:
-    """Run the real training loop for `steps` or `train_seconds`, without validation and checkpoints."""
+    """Run the real training loop for `steps` or `train_seconds`, without evaluations and checkpoints.
+
+    The first step's time counts from the start of the process, so that it includes importing PyTorch.
+    """
     config, seen, chosen = BenchConfig(**settings["config"]), [], {}
     steps, profiled = settings.get("steps", config.steps), settings.get("profile", False)
     profiler = torch.profiler.profile()
 
-    class WatchedLog(runlog.RunLog):
-        def train(self, step, loss, lr, norm, seconds, **more):
-            super().train(step, loss, lr, norm, seconds, **more)
+    class WatchedLog(RunLog):
+        def train(self, step, loss, *values):
+            super().train(step, loss, *values)
+            _lr, norm, seconds, _data_seconds, _scale = values
+            chosen.update(vars(self.config))
             seen.append({"seconds": seconds, "loss": loss if math.isfinite(loss) else None,
-                         "skipped": more.get("skipped", False), "mfu": self.flops_per_step / seconds / self.peak,
-                         "at": time.perf_counter() - BEGAN})
+                         "skipped": not (math.isfinite(loss) and math.isfinite(norm)),
+                         "mfu": self.flops_per_step / seconds / self.peak,
+                         "at": time.monotonic() - settings["started"]})
             if profiled and step == steps - 1:
                 synchronize(config)
                 profiler.start()
             elif profiled and step == steps:
                 profiler.stop()
             if step == steps or seen[-1]["at"] - seen[0]["at"] >= settings.get("train_seconds", math.inf):
-                signal.raise_signal(signal.SIGTERM)  # the run stops as it does for anyone
+                signal.raise_signal(signal.SIGTERM)  # the run stops as it does for a user
 
-    original = runlog.print_plan
-
-    def print_plan(config, *rest):
-        chosen.update(vars(config))
-        original(config, *rest)
-
-    runlog.print_plan = print_plan
-    runlog.RunLog, checkpoint.save = WatchedLog, lambda *arguments, **more: None
-    train_gpt2.evaluate_val_loss = lambda *arguments, **more: math.nan
+    train_gpt2.RunLog = WatchedLog
+    train_gpt2.Run.evaluate = lambda run: None
+    train_gpt2.Run.save = lambda run, prune, required=False: None
     with tempfile.TemporaryDirectory() as out_dir, hold_memory(settings.get("held", 0)):
         train_gpt2.main(train_gpt2.TrainConfig(
             data=settings["data"], out_dir=settings.get("out_dir", out_dir), model=config.model, warmup_steps=20,
@@ -263,7 +277,7 @@ def train(settings: dict) -> dict:
 
 @contextlib.contextmanager
 def hold_memory(share: float):
-    """Have another process hold that share of the GPU's memory."""
+    """Have another process hold that share of the GPU's memory while the context lasts."""
     if not share:
         yield
         return
@@ -278,13 +292,13 @@ def hold_memory(share: float):
 
 
 def synchronize(config: BenchConfig) -> None:
-    """Wait until the GPU has done all that it was given."""
+    """Wait until the GPU has finished all its work."""
     if config.device == "cuda":
         torch.cuda.synchronize()
 
 
 def kernels(profiler, config: BenchConfig) -> list:
-    """The profiler's events that did the work: kernels and copies on a GPU, operations on a CPU."""
+    """Return the profiler's events that did the work: kernels and copies on a GPU, operations on a CPU."""
     events = profiler.key_averages()
     if config.device == "cpu":
         return list(events)
@@ -293,14 +307,14 @@ def kernels(profiler, config: BenchConfig) -> list:
 
 
 def attention_of(events: list) -> str:
-    """Which back end of scaled_dot_product_attention these events are of: cudnn, flash, efficient or math."""
+    """Name the back end of scaled_dot_product_attention in these events: cudnn, flash, efficient or math."""
     names = " ".join(event.key.lower() for event in events)
     known = {"cudnn": "cudnn", "flash": "flash", "fmha": "efficient", "efficient": "efficient"}  # cuDNN's say flash too
     return next((known[word] for word in known if word in names), "math") if names else "no kernels seen"
 
 
 def describe_profile(profiler, config: BenchConfig) -> dict:
-    """The kernels that took longest, in ms, the attention back end, and the copies from the device to the host."""
+    """Return the kernels that took longest, in ms, the attention back end, and the device-to-host copies."""
     key, events = f"self_{'device' if config.device == 'cuda' else 'cpu'}_time_total", kernels(profiler, config)
     top = sorted(events, key=lambda event: -getattr(event, key))[:12]
     return {"top": [[event.key[:80], getattr(event, key) / 1000, event.count] for event in top],
@@ -309,7 +323,7 @@ def describe_profile(profiler, config: BenchConfig) -> dict:
 
 
 def check_machine(settings: dict) -> dict:
-    """Versions, the attention back ends of training and of decoding, and the loss of one eager step."""
+    """Return versions, the attention back ends in training and in decoding, and the loss of one eager step."""
     config = BenchConfig(**settings["config"])
     device, cuda = machine.pick_device(config.device, 0, 1), torch.cuda
     found = {"device": machine.describe_device(device), "torch": torch.__version__, "CUDA": torch.version.cuda,
@@ -328,26 +342,24 @@ def check_machine(settings: dict) -> dict:
     with torch.profiler.profile() as training:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
         synchronize(config)
-    idx, cache = torch.zeros(1, T // 2, dtype=torch.int64, device=device), model.make_cache()  # (1, T / 2)
+    idx, cache = torch.zeros(1, T // 2, dtype=torch.int64, device=device), sampling.new_cache(model)  # (1, T / 2)
     with torch.no_grad(), machine.autocast(dtype, device):
-        model(idx, cache=cache)
+        sampling.read(model, idx, cache)
         with torch.profiler.profile() as decoding:
-            model(idx[:, :1], cache=cache)
+            sampling.read(model, idx[:, :1], cache)
             synchronize(config)
     return {"versions": found, "training": attention_of(kernels(training, config)),
             "decoding": attention_of(kernels(decoding, config)),
             "loss": train({**settings, "steps": 1, "compile": False})["loss"][0]}
 
 
-def build_model(config: BenchConfig, name: str = "") -> train_gpt2.GPT:
-    """A model with random weights, for evaluation."""
-    shape = train_gpt2.GPTConfig(block_size=config.sequence_length, vocab_size=train_gpt2.PADDED_VOCAB_SIZE,
-                                 **train_gpt2.MODELS[name or config.model])
-    return train_gpt2.GPT(shape).to(config.device).eval()
+def build_model(config: BenchConfig) -> train_gpt2.GPT:
+    """Build a model with random weights."""
+    return train_gpt2.GPT(shape_of(config.model, config)).to(config.device)
 
 
 def rates(count: int, work, config: BenchConfig) -> list[float]:
-    """How many per second of its `count` things work() does, the first time and the second."""
+    """Return how many of its `count` things work() does per second, the first time and the second."""
     found, device = [], torch.device(config.device)
     for _ in range(2):  # the first one pays for new shapes
         began = time.perf_counter()
@@ -359,7 +371,7 @@ def rates(count: int, work, config: BenchConfig) -> list[float]:
 
 
 def generate(settings: dict) -> dict:
-    """Tokens per second of greedy text at B=1 and B=8."""
+    """Return the tokens per second of greedy generation at B=1 and B=8."""
     config = BenchConfig(**settings["config"])
     model, new, found = build_model(config), config.sequence_length // 4, {}
     for B in (1, 8):
@@ -370,23 +382,23 @@ def generate(settings: dict) -> dict:
 
 
 def score_hellaswag(settings: dict) -> dict:
-    """HellaSwag examples per second."""
+    """Return the HellaSwag examples per second."""
     config = BenchConfig(**settings["config"])
     encode, encoding = make_encoder()
     hellaswag.encode = functools.cache(encode)
     examples = list(hellaswag.iterate_examples(path=ROOT / "tests" / "hellaswag_examples.jsonl")) * config.repeats
-    work = functools.partial(hellaswag.evaluate, build_model(config), examples, torch.device(config.device))
+    work = functools.partial(hellaswag.evaluate, build_model(config), examples,
+                             World(device=torch.device(config.device)))
     return {"encoding": encoding, "rates": rates(len(examples), work, config)}
 
 
 def find_peaks(settings: dict) -> dict:
-    """Peak bytes of training at B=1, plain and with activation checkpointing, by a function of bench/memory.py."""
-    from bench import memory
+    """Predict or measure the peak bytes of training at B=1, plain and with activation checkpointing."""
+    from bench import memory  # only here, as it uses a private part of PyTorch
 
-    machine.memory_bytes = lambda: 2**63  # a prediction needs none
-    T, action = settings["config"]["sequence_length"], getattr(memory, settings["action"])
-    shape = train_gpt2.GPTConfig(block_size=T, vocab_size=train_gpt2.PADDED_VOCAB_SIZE,
-                                 **train_gpt2.MODELS[settings["model"]])
+    machine.memory_bytes = lambda: 2**63  # a prediction takes none of this machine's memory
+    config, action = BenchConfig(**settings["config"]), getattr(memory, settings["action"])
+    shape, T = shape_of(settings["model"], config), config.sequence_length
     return {"plain": action(shape, 1, T, False), "checkpointing": action(shape, 1, T, True)}
 
 
@@ -411,15 +423,13 @@ def run_part(settings: dict) -> None:
 
 
 def make_encoder():
-    """(encode, what it is): GPT-2's tokens, or words numbered by how common they are if a package is missing."""
+    """Return a function that encodes text, and its name: GPT-2's tokens or, if a package is missing, whole words."""
     try:
-        from plumbing.tokenizer import gpt2_encoding
-
         return gpt2_encoding().encode_ordinary, "GPT-2's tokens"
     except (ImportError, OSError) as error:
         pieces = re.compile(r"\w+|\s|[^\w\s]")
         counts = Counter(pieces.findall((ROOT / "input.txt").read_text(encoding="utf-8")))
-        ids = {piece: rank for rank, (piece, _) in enumerate(counts.most_common(train_gpt2.VOCAB_SIZE))}
+        ids = {piece: rank for rank, (piece, _) in enumerate(counts.most_common(VOCAB_SIZE))}
         return (lambda text: [ids.get(piece, 0) for piece in pieces.findall(text)],
                 f"{len(ids):,} words numbered by how common they are, not GPT-2's tokens ({error})")
 
@@ -435,7 +445,7 @@ def write_tokens(report: Report) -> None:
 
 
 def look_at_machine(report: Report) -> None:
-    """Versions, attention back ends and the loss of an eager step."""
+    """Add rows for versions, attention back ends and the loss of an eager step."""
     if found := report.measure("versions", "check_machine", least=10):
         report.row("versions", ", ".join(f"{key} {value}" for key, value in found["versions"].items()), found)
         report.row("attention in training", found["training"])
@@ -460,17 +470,17 @@ def run_tests(report: Report, name: str, expression: str, cap: float) -> None:
 
 
 def test_eager(report: Report) -> None:
-    """Losses, text and HellaSwag against the CPU, and the eager deterministic resume."""
+    """Test losses, text and HellaSwag against the CPU, and the eager deterministic resume."""
     run_tests(report, "tests, eager", "not compiled", cap=150)
 
 
 def test_compiled(report: Report) -> None:
-    """The compiled deterministic resume."""
+    """Test the compiled deterministic resume."""
     run_tests(report, "tests, compiled", "compiled", cap=240)
 
 
 def train_by_default(report: Report) -> None:
-    """The default run with a cold compile cache, profiled, and once more with a warm one."""
+    """Train by default with a cold compile cache, profiled, and once more with a warm one."""
     cold = report.train(DEFAULT, cap=200, profile=True)
     if cold:
         report.row("attention in the default run", cold["attention"])
@@ -489,7 +499,7 @@ def train_by_default(report: Report) -> None:
 
 
 def train_otherwise(report: Report) -> None:
-    """Flash attention instead of cuDNN's at the same B, another B, and eager."""
+    """Train with flash attention instead of cuDNN's at the same B, with another B, and eager."""
     chosen = report.figures[DEFAULT].get("B", 0)
     if not report.lacks_gpu("flash attention"):
         # without a tag of its own, the compile cache would give the default run's kernels: its key lacks the back end
@@ -498,14 +508,14 @@ def train_otherwise(report: Report) -> None:
                      environment={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "TORCH_COMPILE_CACHE_KEY_TAG": "flash"})
     B = report.config.batch
     if B == chosen:
-        report.leave_out(f"B={B}", "the default run has it")
+        report.leave_out(f"B={B}", "that is B of the default run")
     else:
         report.train(f"B={B}", B=B)
     report.train("eager", compile=False)
 
 
 def use_model(report: Report) -> None:
-    """The speed of generation and of HellaSwag."""
+    """Measure the speed of generation and of HellaSwag."""
     for B, (first, second) in report.measure("generation", "generate").items():
         report.row(f"generation, {B}", f"{second:,.1f} tokens/s, first pass {first:,.1f}", [first, second])
     if scored := report.measure("HellaSwag", "score_hellaswag"):
@@ -535,7 +545,7 @@ def train_from_fresh_weights(report: Report) -> None:
 
 
 def train_in_float16(report: Report) -> None:
-    """float16 with a gradient scaler, against the losses in bfloat16."""
+    """Train in float16 with a gradient scaler, and compare with the losses in bfloat16."""
     known = report.figures[TWO_MINUTES]
 
     def check(figures: dict) -> tuple[str, bool]:
@@ -546,15 +556,15 @@ def train_in_float16(report: Report) -> None:
 
 
 def predict_memory(report: Report) -> None:
-    """Begin to predict the memory of larger models; a core that nothing else needs takes a minute or two for it."""
+    """Begin to predict the memory of larger models, which keeps a core, otherwise idle, busy for a minute or two."""
     models = ["gpt2-medium", "gpt2-xl"] if report.on_cuda else [report.config.model]
     for model in models:
         environment = {**report.order("find_peaks", action="predict", model=model), "CUDA_VISIBLE_DEVICES": ""}
-        report.start(model, ["bench/gpu.py"], environment)
+        report.start(model, ["-m", "bench.gpu"], environment)
 
 
 def measure_memory(report: Report) -> None:
-    """Peaks of larger models at B=1, with and without activation checkpointing, against the predicted ones."""
+    """Measure larger models at B=1, with and without activation checkpointing, and compare with the predictions."""
     for part in [part for part in report.parts if part.name in train_gpt2.MODELS]:
         measured = {}
         if not report.lacks_gpu(f"{part.name}, measured"):
@@ -569,7 +579,7 @@ def measure_memory(report: Report) -> None:
 
 
 def try_compile_options(report: Report) -> None:
-    """Options of torch.compile one by one, against the losses of an eager run and the speed without them."""
+    """Try options of torch.compile one by one; compare with an eager run's losses and the speed without them."""
     known = report.figures[TWO_MINUTES]
     B = known.get("B", 0)
     eager = report.train("eager", B=B, compile=False)
@@ -581,13 +591,13 @@ def try_compile_options(report: Report) -> None:
 
     tuning, autotune = "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "TORCHINDUCTOR_MAX_AUTOTUNE"
     for name, variables in (("coordinate_descent_tuning", [tuning]),
-                            ("max-autotune-no-cudagraphs", [tuning, autotune])):  # which is what that mode stands for
+                            ("max-autotune-no-cudagraphs", [tuning, autotune])):  # what that mode stands for
         if report.config.compile or not report.lacks_gpu(name):
             report.train(name, check, B=B, least=60, cap=240, environment=dict.fromkeys(variables, "1"))
 
 
 def share_memory(report: Report) -> None:
-    """The B that is chosen while another process holds 60 % of the GPU's memory, and training with it."""
+    """Choose B while another process holds 60 % of the GPU's memory, and train with it."""
     for kind in ("eager", "compiled"):
         name = f"{kind}, 60 % of the memory taken"
         if not report.lacks_gpu(name):
@@ -604,14 +614,15 @@ WINDOWS = {
 def main(config: BenchConfig) -> int:
     """Run all parts of a window; return the exit code."""
     if config.device == "cuda" and not torch.cuda.is_available():  # asked without taking any of its memory
-        raise UserError("PyTorch finds no GPU here: take --device cpu and a small --model to try this script")
+        raise UserError("PyTorch finds no GPU here: use --device cpu and a small --model to try this script")
+    config = fill_in(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         report = Report(config, Path(folder))
         try:
             for item in (write_tokens, *WINDOWS[config.window]):
                 try:
                     item(report)
-                except Exception as error:  # the parts that follow need not suffer
+                except Exception as error:  # the parts that follow still run
                     traceback.print_exc()
                     report.row(item.__name__, cli.explain(error), right=False)
         finally:

@@ -1,97 +1,174 @@
-"""Checkpoint files: written whole or not at all, verified before they are trusted, pruned, one run to a folder.
+"""Checkpoint files: written whole or not at all, verified before they are trusted, pruned.
 
-    save(folder, step, state)   atomic: temporary file, fsync, rename, fsync of the folder
-    newest(folder)              (path, state) of the newest whole checkpoint, or (None, None)
+    to_continue(config, ...)    the state that a run begins with, the same on all ranks
+    write(config, state, ...)   a checkpoint of a run
+    save(folder, step, state)   writes model_{step:06d}.pt atomically
+    newest(folder)              the path of the newest whole checkpoint, or None
     load(path)                  the state of one checkpoint, verified; runs no code that a file might carry
-    prune(folder, keep, step)   deletes all but the newest up to a step
-    read_transformers(folder)   (shape, weights) of a GPT-2 in transformers' layout, or of OpenAI's by name
-    write_transformers(folder)  the other way round
-    write_sums, check_sums      the hashes of an exported folder
-    lock(folder)                a context in which no other process can train into the folder
+    prune(folder, keep, step)   deletes all but the newest ones up to a step
+    lock(folder)                a context in which no other process trains into the folder
+    find(source)                the checkpoint that a name on the command line means, or None
+    read_model(source)          (shape, weights) of any model: a run, a .pt file, a transformers folder, OpenAI's
 
 A checkpoint is what torch.save makes of tensors, numbers, strings, lists and dicts: a zip file with checksums.
 """
 import contextlib
-import json
+import copy
+import dataclasses
 import math
 import os
 import re
 import zipfile
 from pathlib import Path
 
-import filelock
 import torch
 
-from plumbing.files import check_inside, open_new, replace, sha256
+from plumbing import files, published
+from plumbing.cli import UserError, print0, require
+from plumbing.files import CheckpointError, atomic_write, check_inside, first_line
+from plumbing.transformers_format import read_transformers
 
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_SETTINGS = {  # of transformers' config.json: with another value it is another model
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
-}
-SUMS = "SHA256SUMS"  # of an exported folder
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # matrices that transformers keeps as (in, out)
-KEYS = {"model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "step": int, "position": int,
-        "val_loss": float}  # of a checkpoint
+KEYS = {"model": dict, "model_config": dict, "optimizers": list, "train_config": dict, "step": int, "val_loss": float}
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of a GradScaler
 
 
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written, or is not whole; the message names the file."""
+def to_continue(config, world, free_to_change: set[str], free_to_branch: set[str]) -> tuple[dict | None, bool]:
+    """Load the newest whole checkpoint in out_dir, else the one to branch from, else nothing.
+
+    Returns it and whether it continues the run in out_dir. Its settings must be those of `config` but for the free
+    ones, otherwise UserError names the first that differs.
+    """
+    path = world.from_rank0(lambda: newest_or_error(config.out_dir))
+    if path:
+        state = load(path, verify=False)  # newest() has verified it
+        check_same_experiment(config, state, free_to_change, path)
+        return state, True
+    if config.branch_from:
+        state = load(config.branch_from)
+        check_same_experiment(config, state, free_to_branch, config.branch_from)
+        require(config, "max_steps", config.max_steps > state["step"],
+                f"more than the {state['step']} steps of {config.branch_from}")
+        return state, False
+    return None, False
+
+
+def to_evaluate(config, world) -> dict | None:
+    """Load the checkpoint to evaluate: the newest whole one in out_dir, else the one to branch from, else nothing.
+
+    With --init_from that is what is evaluated, except by the run's own command with --eval_only added.
+    """
+    path = world.from_rank0(lambda: newest_or_error(config.out_dir)) or config.branch_from
+    state = load(path) if path else None
+    if state and config.init_from not in ("", state["train_config"].get("init_from")):
+        return None
+    return state
+
+
+def describe_origin(config, state: dict | None, resuming: bool) -> str:
+    """Say where the weights of a run come from."""
+    if state is None:
+        return describe(config.init_from) or "new weights"
+    if resuming:
+        return f"resumed after step {state['step']:,}"
+    return f"step {state['step']:,} of {config.branch_from or config.out_dir}"
+
+
+def newest_or_error(folder) -> str | None:
+    """Return newest(folder). Raises UserError if there are checkpoints but none is whole."""
+    path = newest(folder)
+    if path is None and listing(folder):
+        raise UserError(f"no checkpoint in {folder} is whole: move them away, or change --out_dir")
+    return str(path) if path else None
+
+
+def check_same_experiment(config, state: dict, free: set[str], path) -> None:
+    """Raise UserError if a setting that is not free differs from that in the checkpoint."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        before = state["train_config"].get(name, value)
+        # with a hash of the data their folder may have moved
+        moved = name == "data" and "sha256" in state["data"]
+        if name in free or before == value or moved or (name == "dtype" and value == "auto"):
+            continue
+        remedy = "continue with that, or choose another --out_dir for a new run"
+        if name == "max_steps" and not config.branch_from:
+            remedy = f"to train on under another schedule, use --branch_from {path} and another --out_dir"
+        raise UserError(f"the run of {path} has --{name} {before}, not {value}: {remedy}")
+
+
+def write(config, world, log, state: dict, prune_older: bool, required: bool) -> None:
+    """Have rank 0 write a checkpoint into out_dir, after syncing the log, and delete older ones if `prune_older`.
+
+    A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
+    rank.
+    """
+    def action() -> None:
+        try:
+            log.sync()
+            save(config.out_dir, state["step"], state)
+            if prune_older:
+                prune(config.out_dir, config.keep_checkpoints, state["step"])
+        except OSError as error:
+            print0(f"warning: {error}; the checkpoints before it stay")
+            if required:
+                raise
+
+    if required:
+        world.from_rank0(action)
+    elif world.rank == 0:
+        action()
+
+
+def lock(folder):
+    """Return a context that holds a run's folder, so that no other process trains into it; see files.lock()."""
+    return files.lock(folder, "another run is training into", "choose another --out_dir")
 
 
 def save(folder, step: int, state: dict) -> Path:
-    """Write `state` to folder/model_{step:06d}.pt so that at any instant the file is either absent or whole.
+    """Write `state` to folder/model_{step:06d}.pt, so that at any instant the file is either absent or whole.
 
-    Raises CheckpointError, leaving no partial file, where it cannot be written (a full disk, a read-only folder) or
-    holds an inf or nan, as nothing can be trained from that.
+    Raises CheckpointError, leaving no partial file, if it cannot be written (a full disk, a read-only folder) or holds
+    an inf or nan, as nothing can be trained from that.
     """
     if bad := find_not_finite(state):
         raise CheckpointError(f"after step {step} {bad} is not finite: no checkpoint of it is kept")
     path = Path(folder) / f"model_{step:06d}.pt"
-    temporary = path.with_name(path.name + ".tmp")
     try:
         remove_temporary(folder)  # as large as checkpoints: a killed writer's may be what has filled the disk
-        with open_new(temporary) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}, is the disk full? Free space and run the same command again "
                               f"({first_line(error)})") from error
     return path
 
 
 def find_not_finite(state, name: str = "the state") -> str | None:
-    """The name of a floating-point tensor in nested dicts, lists and tuples that holds an inf or nan, if any does."""
+    """Return the name of a tensor in nested dicts and lists that holds an inf or nan, or None."""
     if isinstance(state, torch.Tensor):
         return None if torch.isfinite(state).all() else name
-    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return next((bad for key, part in parts if (bad := find_not_finite(part, str(key)))), None)
+    parts = []
+    if isinstance(state, dict):
+        parts = state.items()
+    elif isinstance(state, (list, tuple)):
+        parts = enumerate(state)
+    for key, part in parts:
+        if bad := find_not_finite(part, str(key)):
+            return bad
+    return None
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def load(path, verify: bool = True) -> dict:
+    """Load the checkpoint `path`. Raises CheckpointError if it is not a whole one.
 
-
-def load(path) -> dict:
-    """The state in the checkpoint `path`; CheckpointError if it is not a whole checkpoint.
-
-    Its tensors are pages of the file, read as they are used and shared by all ranks of a machine.
+    Its tensors are pages of the file, read as they are used and shared by all ranks of a machine. `verify` compares the
+    checksums, which takes a second per GB.
     """
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise FileNotFoundError
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):
-                raise zipfile.BadZipFile("its directory is damaged")  # torch.save sets neither, and testzip trusts both
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"checksum of {damaged} differs")
+        if verify:
+            check_archive(path)
         state = read_state(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
@@ -99,16 +176,30 @@ def load(path) -> dict:
         raise
     except Exception as error:  # what the unpickler makes of bytes that somebody chose can be any
         raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
-    wrong = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
-    if not wrong and not has_sound_scaler(state):
-        wrong = ["scaler"]
+    wrong = list(KEYS)
+    if isinstance(state, dict):
+        upgrade(state)
+        wrong = [key for key, kind in KEYS.items() if not isinstance(state.get(key), kind)]
+        if not wrong and not has_sound_scaler(state):
+            wrong = ["scaler"]
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong")
+    state["path"] = str(path)
     return state
 
 
+def check_archive(path) -> None:
+    """Raise BadZipFile if a checksum in the archive is wrong; torch.load does not compare them."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):
+            raise zipfile.BadZipFile("its directory is damaged")  # torch.save sets neither, and testzip trusts both
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"checksum of {damaged} differs")
+
+
 def read_state(path):
-    """What torch.save has written, mapped; read into memory if the name is no UTF-8 or the file system maps nothing."""
+    """Read what torch.save has written, mapped; or into memory, if the file's name or system cannot be mapped."""
     try:
         return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the file itself has been verified: if it is at fault, reading it fails too
@@ -116,9 +207,27 @@ def read_state(path):
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def upgrade(state: dict) -> None:
+    """Bring a checkpoint of an earlier version into today's form."""
+    config = state.get("train_config")
+    if not isinstance(config, dict):
+        return
+    moments = state.pop("optimizer", None)
+    if isinstance(moments, dict):  # one optimizer, or two behind the interface of one
+        state.setdefault("optimizers", moments.get("optimizers", [moments]))
+    machine = {"world_size": config.pop("world_size", None), "device_kind": config.pop("device_kind", "cpu")}
+    state.setdefault("machine", machine)
+    state.setdefault("data", {"n_windows": config.pop("n_windows", None)})
+    state.setdefault("scaler", {})
+    state.setdefault("evaluated", True)
+    for gone in ("position", "recipe"):  # the position follows from the step; the settings say what a recipe had set
+        state.pop(gone, None)
+        config.pop(gone, None)
+
+
 def has_sound_scaler(state: dict) -> bool:
-    """Whether the gradient scaler's state holds numbers to go on with; only runs in float16 must have one."""
-    scaler = state.get("scaler", {})
+    """Return whether the gradient scaler's state can be continued from; only runs in float16 must have one."""
+    scaler = state["scaler"]
     if not scaler:
         return isinstance(scaler, dict) and state["train_config"].get("dtype") != "float16"
     if not isinstance(scaler, dict):
@@ -128,25 +237,34 @@ def has_sound_scaler(state: dict) -> bool:
     return sound and scaler["scale"] > 0
 
 
-def newest(folder, report=print) -> tuple[Path, dict] | tuple[None, None]:
-    """(path, state) of the newest whole checkpoint in `folder`, else (None, None); damaged ones go to `report`."""
+def restore(state: dict, optimizers: list, scaler, device: torch.device) -> None:
+    """Load the state of the optimizers and of the gradient scaler, and drop it from `state`."""
+    for optimizer, moments in zip(optimizers, state.pop("optimizers"), strict=True):
+        # on a CPU they are copied, since the checkpoint's tensors are pages of its file
+        optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
+    scaler.load_state_dict(state["scaler"])
+
+
+def newest(folder) -> Path | None:
+    """Return the newest whole checkpoint in `folder`, with a warning for each damaged one that is passed over."""
     for path in reversed(listing(folder)):
         try:
             check_inside(path)
-            return path, load(path)
+            load(path)
+            return path
         except OSError as error:
-            report(f"warning: {error}; trying the one before it")
-    return None, None
+            print0(f"warning: {error}; trying the one before it")
+    return None
 
 
 def listing(folder) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted((path for path in Path(folder).glob("model_*.pt") if re.fullmatch(r"model_\d{6,}", path.stem)),
-                  key=step_of)
+    """List the checkpoints in `folder`, oldest first."""
+    paths = [path for path in Path(folder).glob("model_*.pt") if re.fullmatch(r"model_\d{6,}", path.stem)]
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.stem.removeprefix("model_"))
 
 
@@ -163,148 +281,53 @@ def prune(folder, keep: int, step: int) -> None:
 def remove_temporary(folder) -> None:
     """Delete what killed writers of checkpoints left behind."""
     for path in Path(folder).glob("model_*.pt.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_file() or path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
-def read_transformers(name_or_folder) -> tuple[dict, dict]:
-    """A GPT-2 in transformers' layout -> (shape, weights): GPTConfig's fields, and the state dict in Linear layout.
+def find(source) -> dict | None:
+    """Load the checkpoint that `source` is, or the newest whole one in that run folder; None for any other source."""
+    path = Path(source)
+    if path.suffix != ".pt":
+        if not path.is_dir() or (path / "config.json").exists():
+            return None
+        newest_path = newest(path)
+        if newest_path is None:
+            inside = next((f": did you mean {folder}?" for folder in path.iterdir() if listing(folder)), "")
+            raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{inside}")
+        return load(newest_path, verify=False)
+    return load(path)
 
-    Takes a folder with config.json and model.safetensors, whole or in parts, or one of OpenAI's names, which
-    huggingface_hub downloads. CheckpointError where it cannot be had or is no GPT-2.
+
+def read_model(source) -> tuple[dict, dict]:
+    """Read (shape, weights) of a model: GPTConfig's fields, and the state dict.
+
+    `source` is a run folder (its newest whole checkpoint), a .pt file, a transformers folder, one of OpenAI's names,
+    or a state that load() has returned, whose weights are then taken out of it.
     """
-    from safetensors import SafetensorError
-
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = download_openai(str(name_or_folder))
-    try:
-        check_inside(folder / "config.json")
-        check_sums(folder)
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for key, value in GPT2_SETTINGS.items():
-            if settings.get(key, value) != value:
-                raise ValueError(f"{key} is {settings[key]!r}, GPT-2's is {value!r}")
-        shape = {key: int(settings[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        shape["block_size"] = int(settings["n_positions"])
-        if settings.get("n_inner") not in (None, 4 * shape["n_embd"]):
-            raise ValueError(f"n_inner is {settings['n_inner']!r}, GPT-2's is 4 * n_embd")
-        weights = {}
-        for key, weight in read_safetensors(folder).items():
-            key = key.removeprefix("transformer.")
-            if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the head is wte; the masks are no weights
-            weights["transformer." + key] = weight.t() if key.endswith(CONV1D) else weight
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-            SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no GPT-2 in transformers' layout: "
-                              f"{type(error).__name__}: {first_line(error)}") from error
-    return shape, weights
-
-
-def describe(source: str) -> str:
-    """`source`, with its owner where it is a model that read_transformers() downloads."""
-    return f"OpenAI's {source}" if source in OPENAI_MODELS and not Path(source).is_dir() else source
-
-
-def read_safetensors(folder: Path) -> dict:
-    """All tensors of a folder's model.safetensors, or of the parts that its model.safetensors.index.json lists."""
-    from safetensors.torch import load_file
-
-    names = ["model.safetensors"]
-    if not (folder / names[0]).exists():
-        index = folder / "model.safetensors.index.json"
-        check_inside(index)
-        if not index.exists():
-            others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-            raise ValueError(f"there is {others[0]}, which can run code, but no model.safetensors: load it with "
-                             "transformers and save_pretrained" if others else "there is no model.safetensors")
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"its index names {outside[0]!r}, a file in another folder")
-    for name in names:
-        check_inside(folder / name)
-    return {key: weight for name in names for key, weight in load_file(folder / name).items()}
-
-
-def check_sums(folder: Path) -> None:
-    """ValueError where a file that the folder's SHA256SUMS lists, as exports do, is not what it was."""
-    path = folder / SUMS
-    if not path.exists():
-        return
-    check_inside(path)
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        entry = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
-        if line and not entry:
-            raise ValueError(f"{SUMS} is damaged: export the model again, or delete it")
-        if entry:
-            check_inside(folder / entry[2])
-            if not (folder / entry[2]).is_file() or sha256(folder / entry[2]) != entry[1]:
-                raise ValueError(f"{entry[2]} is damaged or missing: export the model again, or, if that is on "
-                                 f"purpose, delete {SUMS}")
-
-
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of all files in the folder, as sha256sum writes and checks it."""
-    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
-
-
-def write_transformers(folder, shape: dict, weights: dict, generation: dict) -> None:
-    """Write config.json, generation_config.json and model.safetensors for transformers and read_transformers().
-
-    `shape` are GPTConfig's fields; `weights` the state dict, whose lm_head, being wte, is left out. `generation` are
-    settings for both configurations. OSError where they cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    settings = {**GPT2_SETTINGS, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",
-                "n_positions": shape["block_size"], "n_ctx": shape["block_size"], "n_inner": None,
-                "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True,
-                **{key: shape[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}, **generation}
-    for name, values in (("config.json", settings), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    try:
-        save_file({key: (weight.t() if key.endswith(CONV1D) else weight).contiguous()
-                   for key, weight in weights.items() if key != "lm_head.weight"},
-                  folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk
-        raise CheckpointError(f"cannot write {folder / 'model.safetensors'}, is the disk full? Free space, or name "
-                              f"another folder ({first_line(error)})") from error
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it is written for the owner alone
-
-
-def download_openai(name: str) -> Path:
-    """The folder into which huggingface_hub has put OpenAI's model; CheckpointError where it cannot be had."""
-    if name not in OPENAI_MODELS:
-        raise CheckpointError(f"no model {name!r}: name a folder, a .pt file or one of {', '.join(OPENAI_MODELS)}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:  # the hub's client has dozens of errors for "no network"
-        raise CheckpointError(
-            f"cannot download {name} from the Hugging Face hub: check the network, or name a folder that holds its "
-            f"config.json and model.safetensors ({type(error).__name__}: {first_line(error)})") from error
+    state = source if isinstance(source, dict) else find(source)
+    if state is None:
+        return read_transformers(source)
+    return state["model_config"], state.pop("model")
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Make `folder` and hold it: OSError where it cannot be written or where a live process holds it already.
-
-    The operating system drops the lock when the process ends, however it ends.
-    """
-    folder = Path(folder)
+def checked_against(shape: dict, weights: dict, source):
+    """Raise UserError, naming `source`, if the weights do not fit the shape, before or while they are loaded."""
+    name = source["path"] if isinstance(source, dict) else source
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / ".lock")
-        held.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise OSError(f"another run is training into {folder}: wait for it, or choose another --out_dir") from error
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror or error}: choose another --out_dir") from error
-    try:
+        # what is absurd is refused before it is built
+        for key, rows in (("wte", shape["vocab_size"]), ("wpe", shape["block_size"])):
+            matrix = weights.get(f"transformer.{key}.weight")
+            if matrix is not None and tuple(matrix.shape) != (rows, shape["n_embd"]):
+                raise TypeError(f"transformer.{key}.weight is not of shape {(rows, shape['n_embd'])}")
+        if "transformer.wte.weight" not in weights or shape["n_layer"] > len(weights):
+            raise TypeError(f"there are {len(weights)} tensors for {shape['n_layer']} layers")
         yield
-    finally:
-        held.release()
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"the weights in {name} are not those of its configuration: {error!s:.300}") from error
+
+
+def describe(source: str) -> str:
+    """Return `source`, with its owner if it is a model that is downloaded."""
+    return f"OpenAI's {source}" if source in published.MODELS and not Path(source).is_dir() else source

@@ -12,21 +12,22 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 
 class UserError(Exception):
-    """Something the user can mend: commands print it as one line, without a traceback, and exit with code 2."""
+    """Raised for what the user can mend. Commands print it as one line, without a traceback, and exit with code 2."""
 
 
 class Stopped(Exception):
-    """The ranks have agreed to stop: one of them has received a signal."""
+    """Raised on every rank when the ranks have agreed to stop, as one of them has received a signal."""
 
 
 def run_command(main, *arguments):
-    """Call main(*arguments) as a command: what the user can mend ends in one line on stderr and exit code 2.
+    """Call main(*arguments) as a command.
 
-    Bugs keep their traceback. FloatingPointError (a run that diverged) ends in one line and exit code 1.
+    An error that the user can mend ends in one line on stderr and exit code 2, FloatingPointError (a run that diverged)
+    in one line and exit code 1. Bugs keep their traceback.
     """
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this: no file opened later must take its number
+        if getattr(sys, name) is None:  # closed by the parent process: no file opened later must take its number
             setattr(sys, name, open(os.devnull, "r+"))
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
@@ -59,10 +60,12 @@ class Range(NamedTuple):
     high: float = 2**32 - 1
 
     def __str__(self):
-        return f"a number from {self.low} to {'2**32 - 1' if self.high == 2**32 - 1 else self.high}"
+        powers = {2**n - 1: f"2**{n} - 1" for n in (31, 32, 63)}
+        return f"a number from {self.low} to {powers.get(self.high, self.high)}"
 
 
 Positive = Annotated[int, Range(1)]  # a plain int or float accepts 0 too
+Prompt = Annotated[str, "empty too"]  # a plain str must not be empty, unless it is so by default
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -81,8 +84,13 @@ def check_values(config) -> None:
             wrong = "a name or a path" if value == "" and field.default != "" else ""
         else:
             wrong = "" if accepts(kind, value) else describe_type(kind)
-        if wrong:
-            raise UserError(f"--{field.name} is {value!r}, it must be {wrong}")
+        require(config, field.name, not wrong, wrong)
+
+
+def require(config, name: str, true: bool, what: str) -> None:
+    """Raise UserError, "--name is x, it must be what", unless it is true."""
+    if not true:
+        raise UserError(f"--{name} is {getattr(config, name)!r}, it must be {what}")
 
 
 def accepts(kind, value) -> bool:
@@ -101,7 +109,7 @@ def accepts(kind, value) -> bool:
 def describe_type(kind) -> str:
     """Say what a field of this type accepts."""
     if get_origin(kind) is Literal:
-        *first, last = map(str, get_args(kind))
+        *first, last = [str(choice) for choice in get_args(kind) if choice != ""]
         return f"{'one of ' if len(first) > 3 else ''}{', '.join(first)} or {last}"
     if kind in (bool, bool | None):
         return "True or False"
@@ -119,14 +127,18 @@ def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, .
     flags beside the fields, {name: (choices, help text)}. Raises UserError, in one line, for a wrong flag.
     """
     source = inspect.getsource(cls)
-    program = os.path.basename(sys.argv[0]) if sys.argv[0].endswith(".py") else f"{cls.__module__}.py"
-    usage = " ".join(["python", program, *(f"{name.upper()}" for name in positional), "[--flag VALUE ...]"])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
+    program = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    words = [f"[{name.upper()} ...]" if fields[name].type is list else name.upper() for name in positional]
+    if len(fields) > len(positional):
+        words.append("[--flag VALUE ...]")
+    usage = " ".join(["python", program, *words])
     parser = OneLineParser(description=description, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100))
     group = parser
     for name, (choices, text) in dict(extra).items():
         parser.add_argument(f"--{name}", choices=choices, help=text)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", source, re.MULTILINE):
         if heading:
             group = parser.add_argument_group(heading)
@@ -138,8 +150,10 @@ def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, .
 def add_argument(group, field, text: str, is_positional: bool) -> None:
     """Add the flag of one field of a dataclass, or its argument without a flag."""
     kind, text = field.type, text.replace("%", "%%")
-    if field.default not in (None, dataclasses.MISSING):
-        text += f" (default: {field.default if field.default != '' else 'empty'})"
+    default = "empty" if field.default == "" else field.default
+    said = f"({default}:" in text or "default:" in text
+    if default not in (None, dataclasses.MISSING) and not said:
+        text += f" (default: {default})"
     if kind in (bool, bool | None):
         group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
     elif kind is list:
@@ -147,7 +161,7 @@ def add_argument(group, field, text: str, is_positional: bool) -> None:
     elif is_positional:
         group.add_argument(field.name, help=text, type=kind)
     elif get_origin(kind) is Literal:
-        group.add_argument(f"--{field.name}", metavar="{" + ",".join(map(str, get_args(kind))) + "}", help=text)
+        group.add_argument(f"--{field.name}", metavar="{" + ",".join(filter(None, get_args(kind))) + "}", help=text)
     else:
         kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
         group.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text)
@@ -157,6 +171,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are a UserError: one line, no usage dump."""
 
     def error(self, message):
+        """Raise the message as a UserError; for a renamed flag it gives the new name."""
         for old, new in RENAMED.items():
             if f"--{old}" in message.replace("=", " ").split():
                 raise UserError(f"--{old} is now --{new} (--help lists every flag)")
@@ -164,7 +179,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def explain(error: Exception) -> str:
-    """What an exception of some library says, or the one that it came from, in one short line."""
+    """Return what an exception of some library says, or the one that caused it, in one short line."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -172,9 +187,9 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def stop_signal(obey: bool = True):
-    """An Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
+    """Yield an Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
 
-    Without `obey` the first one does, as there is nothing to save.
+    Without `obey` the first signal does, as there is nothing to save.
     """
     stop = threading.Event()
 
@@ -199,21 +214,21 @@ def stop_signal(obey: bool = True):
 
 
 def print0(*values) -> None:
-    """print, on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
+    """Print on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
     if os.environ.get("RANK", "0") == "0":
         try:
             print(*values, flush=True)
-        except OSError:  # whoever read this has gone: training goes on, log.jsonl has it all
+        except OSError:  # the reader of a pipe has gone: training continues, and log.jsonl has everything
             sys.stdout = open(os.devnull, "w")
 
 
 def plural(count: int, noun: str) -> str:
-    """The noun, with an s unless there is one of it."""
+    """Return the noun, with an s unless the count is 1."""
     return noun if count == 1 else noun + "s"
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
+    """Format seconds as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,4 +1,9 @@
-"""What log.jsonl says, and the picture of it: losses, HellaSwag, learning rate, OpenAI's numbers beside them."""
+"""What log.jsonl says, and the picture of it: losses, HellaSwag, learning rate, and OpenAI's numbers beside them.
+
+    read_log(path)          returns the lines of a log
+    last(lines, kind)       returns the last line of a kind
+    draw(runs, out, x)      draws one or more logs into a .png, .svg or .pdf
+"""
 import io
 import json
 import math
@@ -6,35 +11,38 @@ import os
 import re
 from pathlib import Path
 
-OPENAI_LOSS = 3.2924  # of OpenAI's GPT-2 124M on FineWeb-Edu's first 10,485,760 validation tokens, nats a token
-OPENAI_HELLASWAG = 0.2955  # its acc_norm on all 10,042 validation examples, completion style
-STYLES = (  # of run after run: dark and light take turns, so that greyscale keeps them apart
+from plumbing import published
+from plumbing.files import atomic_write
+
+STYLES = (  # color, line and marker of each run; dark and light alternate, so that greyscale keeps them apart
     ("#08306b", "-", "o"), ("#fd8d3c", "-", "s"), ("#00441b", "--", "^"), ("#df65b0", "--", "D"),
     ("#252525", "-.", "v"), ("#41b6c4", "-.", "P"),
 )
+X_LABELS = {"tokens": "tokens", "steps": "optimizer steps", "hours": "hours of training"}
+LONG = 1000  # steps; of a longer run the steep start is left out of the picture
 
 
 def read_log(path) -> list[dict]:
-    """The lines of a log.jsonl, or of the one in a folder, that are whole; OSError where there is none."""
+    """Return the whole lines of a log.jsonl, or of the one in a folder. Raises OSError if there is none."""
     path = Path(path)
     path = path / "log.jsonl" if path.is_dir() else path
     lines = []
     for line in path.read_bytes().splitlines():
         try:
-            lines.append(sound(json.loads(line)))
-        except (ValueError, TypeError, KeyError, RecursionError):  # torn by a crash, being written, or foreign
+            lines.append(clean(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError):  # torn by a crash, unfinished, or foreign
             continue
     return lines
 
 
-def sound(line: dict) -> dict:
-    """A line as training writes it: what should be a finite number or a dict and is not becomes None or empty.
+def clean(line: dict) -> dict:
+    """Bring a line into the form in which training writes it: a bad number becomes None, a missing dict empty.
 
-    ValueError, TypeError or KeyError where nothing can be made of it.
+    Raises ValueError, TypeError or KeyError if nothing can be made of it.
     """
     if line["kind"] == "run":
-        return {**line, **{key: line[key] if isinstance(line.get(key), dict) else {} for key in
-                           ("config", "data", "model", "versions")}}
+        parts = ("config", "data", "model", "versions")
+        return {**line, **{key: line[key] if isinstance(line.get(key), dict) else {} for key in parts}}
     if line["kind"] not in ("train", "val", "hellaswag") or not 0 <= line["step"] < 2**53:
         raise ValueError("not a line of numbers")
     numbers = {key: value if isinstance(value, (int, float)) and abs(value) < 1e30 else None
@@ -43,25 +51,24 @@ def sound(line: dict) -> dict:
 
 
 def last(lines: list[dict], kind: str) -> dict:
-    """The last line of a kind, or an empty one."""
+    """Return the last line of a kind, or an empty one."""
     return next((line for line in reversed(lines) if line["kind"] == kind), {})
 
 
 def is_fineweb_edu(lines: list[dict]) -> bool:
-    """Whether a run's data is FineWeb-Edu, by what the manifest of its shards says."""
+    """Return whether a run's data are FineWeb-Edu, according to the manifest of its shards."""
     source = str(last(lines, "run").get("data", {}).get("source"))
     return bool(re.match(r"(HuggingFaceFW/fineweb-edu|kjj0/finewebedu10B-gpt2)([@/]|$)", source))
 
 
 def series(lines: list[dict], kind: str, key: str, x: str):
-    """(x, y) arrays (n,) of one number of the log, where it is finite; x in steps, tokens or hours."""
+    """Return x and y, (n,) arrays each, of one number of the log, without the missing ones; x as in X_LABELS."""
     import numpy as np
 
-    per_step = last(lines, "run").get("config", {}).get("total_batch_size", 1)
     points = [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T  # (n,) each
     if x == "tokens":
-        return steps * per_step, values
+        return steps * last(lines, "run").get("config", {}).get("total_batch_size", 1), values
     if x == "hours":
         timed = [(line["step"], line.get("dt_ms") or 0) for line in lines if line["kind"] == "train"]
         train = np.array([(0, 0), *timed], dtype=float)  # (n + 1, 2)
@@ -70,7 +77,7 @@ def series(lines: list[dict], kind: str, key: str, x: str):
 
 
 def smooth(values):
-    """Each of (n,) values averaged with its neighbours: 2 % of them, at least 9, fewer at both ends -> (n,)."""
+    """Average each of (n,) values with its neighbours: 2 % of all, at least 9, fewer at both ends -> (n,)."""
     import numpy as np
 
     i, n = np.arange(len(values)), len(values)
@@ -81,13 +88,13 @@ def smooth(values):
 
 
 def final_train_loss(lines: list[dict]) -> float:
-    """The mean training loss of the last 20 steps that have one; nan where there is none."""
+    """Return the mean training loss of the last 20 steps that have one; nan if there is none."""
     losses = [line["loss"] for line in lines if line["kind"] == "train" and line.get("loss") is not None][-20:]
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def short(count: float) -> str:
-    """A number of tokens with k, M, B or T."""
+    """Format a number of tokens with k, M, B or T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
             return f"{count / size:g}{unit}"
@@ -95,78 +102,111 @@ def short(count: float) -> str:
 
 
 def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
-    """Draw {name: lines of its log} into the picture `out`: whole, or the one of before and an OSError.
+    """Draw {name: lines of its log} into the picture `out`, atomically.
 
-    ModuleNotFoundError where matplotlib is missing.
+    Raises OSError if it cannot be written, and ModuleNotFoundError if matplotlib is missing.
     """
     out, picture = Path(out), io.BytesIO()
     make_figure(runs, x).savefig(picture, format=out.suffix[1:])
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # it may be a link that leads elsewhere
-    try:
-        temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(out) as file:
+        file.write(picture.getvalue())
 
 
 def make_figure(runs: dict[str, list[dict]], x: str):
-    """{name: lines of its log} -> a matplotlib Figure, 800 pixels wide: loss, HellaSwag where scored, learning rate."""
-    import numpy as np
+    """Make a matplotlib Figure of {name: lines of its log}, 800 pixels wide.
 
-    os.environ["MPLBACKEND"] = "agg"  # no window; importing matplotlib fails where this names a back end it lacks
+    Its panels share x: loss, HellaSwag if it was measured, learning rate.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # no window; importing matplotlib fails if this names a back end it lacks
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     scored = any(line["kind"] == "hellaswag" for lines in runs.values() for line in lines)
     heights = [3.0, 1.3, 0.9] if scored else [3.0, 0.9]
     figure = Figure(figsize=(8, sum(heights) + 0.9 + 0.2 * len(runs)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    loss, rate, entries, lowest, highest = panels[0], panels[-1], [], [], []
+    panels = list(figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+    entries, lows, highs = [], [], []  # entries of the legend; losses between which the axis must reach
     for i, (name, lines) in enumerate(runs.items()):
-        color, dashes, marker = STYLES[i % len(STYLES)]
-        dots = dict(color=color, marker=marker, markersize=5, markeredgecolor="white")
-        (at, train), (val_at, val) = series(lines, "train", "loss", x), series(lines, "val", "loss", x)
-        scores_at, scores = series(lines, "hellaswag", "acc_norm", x)
-        loss.plot(at, train, color=color, alpha=0.25, linewidth=0.6)
-        loss.plot(at, smooth(train), color=color, linestyle=dashes, linewidth=1.6)
-        loss.plot(val_at, val, linestyle="none", **dots)
-        if scored:
-            panels[1].plot(scores_at, scores, linestyle=dashes, **dots)
-        rate.plot(*series(lines, "train", "lr", x), color=color, linestyle=dashes, linewidth=1.4)
-        said = [f"train {final_train_loss(lines):.4f}"] if len(train) else []
-        said += [*(f"validation {y:.4f}" for y in val[-1:]), *(f"HellaSwag {y:.2%}" for y in scores[-1:])]
-        label = f" {name}: {', '.join(said)}".replace("$", r"\$")  # a leading _ would hide it, $ begins a formula
-        entries.append(Line2D([], [], linestyle=dashes, label=label, **dots))
-        long = len(train) > 1000  # then the steep start is left out
-        lowest += [*np.sort(train)[len(train) // 100:][:1], *val]  # but for the luckiest 1 % of the steps
-        highest += [*(smooth(train)[len(train) // 50:][:1] if long else train), *(val[-1:] if long else val)]
+        entries.append(plot_run(panels, name, lines, x, STYLES[i % len(STYLES)]))
+        low, high = loss_limits(lines)
+        lows += low
+        highs += high
     if any(map(is_fineweb_edu, runs.values())):
-        known = dict(color="black", linestyle=":", linewidth=1.2)
-        loss.axhline(OPENAI_LOSS, **known)
-        if scored:
-            panels[1].axhline(OPENAI_HELLASWAG, **known)
-        entries.append(Line2D([], [], label=f" OpenAI's GPT-2 124M, published: {OPENAI_LOSS}, HellaSwag "
-                                            f"{OPENAI_HELLASWAG:.2%}", **known))
-        lowest.append(OPENAI_LOSS)
-    if highest:
-        margin = 0.05 * (max(highest) - min(lowest)) or 0.1
-        loss.set_ylim(min(lowest) - margin, max(highest) + margin)
-    loss.set_ylabel("loss, nats a token")
-    rate.set_ylabel("learning\nrate")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    rate.set_xlabel({"tokens": "tokens", "steps": "optimizer steps", "hours": "hours of training"}[x])
-    if x == "tokens":
-        rate.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    if scored:
-        panels[1].set_ylabel("HellaSwag\nacc_norm")
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for panel in panels:
-        panel.grid(color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
+        entries.append(plot_openai(panels))
+        lows.append(published.LOSS)
+    if highs:
+        margin = 0.05 * (max(highs) - min(lows)) or 0.1
+        panels[0].set_ylim(min(lows) - margin, max(highs) + margin)
+    label_axes(panels, x)
     figure.align_ylabels()
     figure.legend(handles=entries, loc="outside upper center", fontsize=9, frameon=False)  # above: it covers nothing
     return figure
+
+
+def plot_run(panels: list, name: str, lines: list[dict], x: str, style: tuple[str, str, str]):
+    """Plot one run into the panels; return its entry in the legend, with the last value of each curve."""
+    from matplotlib.lines import Line2D
+
+    color, dashes, marker = style
+    dots = dict(color=color, marker=marker, markersize=5, markeredgecolor="white")
+    loss, *hellaswag, rate = panels
+    steps, train = series(lines, "train", "loss", x)
+    loss.plot(steps, train, color=color, alpha=0.25, linewidth=0.6)
+    loss.plot(steps, smooth(train), color=color, linestyle=dashes, linewidth=1.6)
+    steps, val = series(lines, "val", "loss", x)
+    loss.plot(steps, val, linestyle="none", **dots)
+    steps, scores = series(lines, "hellaswag", "acc_norm", x)
+    for panel in hellaswag:
+        panel.plot(steps, scores, linestyle=dashes, **dots)
+    rate.plot(*series(lines, "train", "lr", x), color=color, linestyle=dashes, linewidth=1.4)
+    results = [f"train {final_train_loss(lines):.4f}"] if len(train) else []
+    results += [*(f"validation {y:.4f}" for y in val[-1:]), *(f"HellaSwag {y:.2%}" for y in scores[-1:])]
+    label = f" {name}: {', '.join(results)}".replace("$", r"\$")  # a leading _ would hide it, $ begins a formula
+    return Line2D([], [], linestyle=dashes, label=label, **dots)
+
+
+def loss_limits(lines: list[dict]) -> tuple[list[float], list[float]]:
+    """Return losses of a run that must not lie below the axis, and losses that must not lie above it.
+
+    The luckiest 1 % of the steps may lie below, and the steep start of a long run above.
+    """
+    import numpy as np
+
+    train, val = (series(lines, kind, "loss", "steps")[1] for kind in ("train", "val"))
+    low = [*np.sort(train)[len(train) // 100:][:1], *val]
+    if len(train) > LONG:
+        return low, [*smooth(train)[len(train) // 50:][:1], *val[-1:]]
+    return low, [*train, *val]
+
+
+def plot_openai(panels: list):
+    """Plot OpenAI's published numbers as dotted lines; return their entry in the legend."""
+    from matplotlib.lines import Line2D
+
+    style = dict(color="black", linestyle=":", linewidth=1.2)
+    loss, *hellaswag, _ = panels
+    loss.axhline(published.LOSS, **style)
+    for panel in hellaswag:
+        panel.axhline(published.HELLASWAG_ACC_NORM, **style)
+    label = f" OpenAI's GPT-2 124M, published: {published.LOSS}, HellaSwag {published.HELLASWAG_ACC_NORM:.2%}"
+    return Line2D([], [], label=label, **style)
+
+
+def label_axes(panels: list, x: str) -> None:
+    """Label the axes, and draw a grid."""
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+    loss, *hellaswag, rate = panels
+    loss.set_ylabel("loss, nats per token")
+    for panel in hellaswag:
+        panel.set_ylabel("HellaSwag\nacc_norm")
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    rate.set_ylabel("learning\nrate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.set_xlabel(X_LABELS[x])
+    if x == "tokens":
+        rate.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    for panel in panels:
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)

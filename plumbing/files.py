@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 
@@ -21,6 +22,15 @@ def check_inside(path: Path) -> None:
         raise DataError(f"{path} is a link to another folder, {target}: put the file itself there")
     if (path.is_symlink() or path.exists()) and not path.is_file():
         raise DataError(f"{path} is not a file: move it away")
+
+
+class CheckpointError(OSError):
+    """A checkpoint or model that cannot be written, or is not whole; the message names the file."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -69,11 +79,12 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder, busy: str, remedy: str, name: str = ".lock"):
+def lock(folder, busy: str, remedy: str, name: str = ".lock", seconds: float = 0):
     """Create `folder` and hold it, so that no other process writes the same files; yields the folder.
 
-    Raises OSError, "{busy} {folder}: wait for it, or {remedy}", if a live process holds it, and OSError if the folder
-    cannot be written to. The operating system drops the lock when the process ends, however it ends.
+    Raises OSError, "{busy} {folder}: wait for it, or {remedy}", if a live process still holds it after `seconds`, and
+    OSError if the folder cannot be written to. The operating system drops the lock when the process ends, however it
+    ends.
     """
     import filelock
 
@@ -81,7 +92,13 @@ def lock(folder, busy: str, remedy: str, name: str = ".lock"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / name)
-        held.acquire(timeout=0)
+        try:
+            held.acquire(timeout=0)
+        except filelock.Timeout:
+            if seconds == 0:
+                raise
+            print(f"{busy} {folder}: waiting for it", file=sys.stderr, flush=True)
+            held.acquire(timeout=seconds)
     except filelock.Timeout as error:
         raise OSError(f"{busy} {folder}: wait for it, or {remedy}") from error
     except OSError as error:

@@ -1,16 +1,22 @@
 """What this machine can do: which device, which dtype, whether a compiler works, how many FLOP/s at best.
 
-    pick_device(name, local_rank, world_size)    the torch.device of this process
-    pick_dtype(name, device)                     (dtype of the matrix products, why)
-    autocast(dtype, device)                      the context in which they are computed in it
-    pick_compile(wanted, before, device, ...)    (whether to compile, why)
-    compiled(model, dtype, deterministic)        the model, compiled with the settings for it
-    count_fitting_windows(run, device, ...)      the largest micro-batch
-    peak_flops(device, dtype)                    the denominator of MFU
-    keep_freed_memory()                          no page faults for buffers of the last step
+    pick_device(name, local_rank, world_size)       the torch.device of this process
+    choose_dtype(wanted, before, world)             (dtype of the matrix products, why), the same on all ranks
+    autocast(dtype, device)                         the context in which they are computed in it
+    choose_compile(wanted, before, seconds, world)  (whether to compile, why), the same on all ranks
+    compiled(model, dtype, deterministic)           the model, compiled with the settings for it
+    pick_micro_batch_size(model, T, ...)            the largest micro-batch that fits, the same on all ranks
+    resolve(config, state, model, world)            a TrainConfig without any "auto"
+    explained_errors(config)                        a context in which the libraries' errors say what to do
+    peak_flops(device, dtype)                       the denominator of MFU
+    keep_freed_memory()                             no page faults for buffers of the last step
+
+`world` is a plumbing.ranks.World.
 """
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -22,6 +28,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plumbing.cli import UserError, require
+
 # Dense bf16 TFLOP/s without sparsity (fp16 on cards that lack it), from NVIDIA's data sheets; the first entry found in
 # the device's name counts.
 PEAK_TFLOPS = {
@@ -32,7 +40,7 @@ PEAK_TFLOPS = {
 
 
 def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
-    """The device of this process: `name`, or the best there is. Raises OSError if it is not there or cannot be used."""
+    """Return the device of this process: `name`, or the best there is. Raises OSError if it cannot be used."""
     there = {"cpu": 1, "cuda": torch.cuda.device_count(),
              "mps": int(torch.backends.mps.is_available() and world_size == 1)}  # gloo cannot add up MPS tensors
     if name == "auto":
@@ -57,7 +65,7 @@ def start_cuda(device: torch.device) -> None:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # less memory lost between blocks
     this_torch = f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
-    other_torch = "install PyTorch for another CUDA (pytorch.org/get-started), or take --device cpu"
+    other_torch = "install PyTorch for another CUDA (pytorch.org/get-started), or use --device cpu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's own words about old cards, a dozen lines
@@ -77,7 +85,7 @@ def start_cuda(device: torch.device) -> None:
 
 
 def has_code_for(capability: tuple[int, int], arch_list: list[str]) -> bool:
-    """Whether code built for one of `arch_list`, such as sm_80 or compute_90, runs on a card of that capability.
+    """Return whether code built for one of `arch_list`, such as sm_80 or compute_90, runs on a card of that capability.
 
     Machine code (sm) runs on its minor version and later ones of the same major version, intermediate code (compute) on
     every later card. With an `a` it runs on exactly that capability, with an `f` within its major version.
@@ -100,7 +108,7 @@ PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # GPUs that have on
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the hardware multiplies matrices of that dtype itself; emulation is slower than float32."""
+    """Return whether the hardware multiplies matrices of that dtype itself; emulation is slower than float32."""
     if dtype == torch.float32:
         return True
     if device.type == "cuda":
@@ -115,7 +123,7 @@ def is_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype of the matrix products, why): bfloat16 if the hardware has it, float16 on older CUDA cards, or float32."""
+    """Return the dtype of matrix products, and why: bfloat16 if native, float16 on older CUDA cards, else float32."""
     if name != "auto":
         return getattr(torch, name), "as configured"
     if is_native(torch.bfloat16, device):
@@ -125,14 +133,34 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "no native bfloat16 on this hardware"
 
 
+def choose_dtype(wanted: str, before: str | None, world) -> tuple[torch.dtype, str]:
+    """Return the dtype of matrix products for all ranks, and why. `before` is that of the run that is resumed.
+
+    Raises UserError if some rank's hardware does not have that of the run.
+    """
+    if wanted == "auto" and before is not None:
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
+        if before not in known:
+            raise UserError(f"the checkpoint has the unknown dtype {before!r}: move it away")
+        dtype = known[before]
+        if not world.all(is_native(dtype, world.device)):
+            raise UserError(f"the run is trained in {before}, which {world.device} does not multiply natively: "
+                            f"continue where it does, add --dtype {before} to continue here, far slower, or begin a "
+                            "new run from its weights with --init_from and another --out_dir")
+        return dtype, "as in the run so far"
+    dtype, why = pick_dtype(wanted, world.device)
+    agreed = PRECISIONS[world.min(PRECISIONS.index(dtype))]
+    return agreed, why if agreed == dtype else "the best that all ranks have"
+
+
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """A context in which matrix products are computed in `dtype`; it can be entered again and again."""
+    """Return a context in which matrix products are computed in `dtype`; it can be entered again and again."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def pick_compile(wanted: bool | None, before: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
-    """(whether to compile, why) for a run of about `seconds` without; a compiler is tried, not guessed.
+    """Return whether to compile a run of about `seconds`, and why; a compiler is tried, not guessed.
 
     `wanted` is what the user says, `before` what the resumed run did on such a machine; None if unknown. Raises OSError
     only if the user wants it and no compiler works.
@@ -148,15 +176,29 @@ def pick_compile(wanted: bool | None, before: bool | None, device: torch.device,
     except Exception as error:  # a missing compiler, Triton or header surfaces as any of a dozen types
         if wanted:
             raise OSError(f"--compile finds no working compiler ({type(error).__name__}): install a C++ compiler and "
-                          "Python's headers, or take --no-compile") from error
+                          "Python's headers, or use --no-compile") from error
         return False, f"no working compiler ({type(error).__name__})"
     if wanted:
         return True, "as configured"
     return True, "as in the run so far" if before else "the run is long enough to repay it"
 
 
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """Make a gradient scaler for float16, in which small gradients would become 0; otherwise its calls do nothing."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    scaler.scale(torch.zeros((), device=device))  # makes the scale, which a stop before the first loss would miss
+    return scaler
+
+
+def choose_compile(wanted: bool | None, before: bool | None, seconds: float, world) -> tuple[bool, str]:
+    """Decide for all ranks as pick_compile() does for one."""
+    mine, why = pick_compile(wanted, before, world.device, seconds)
+    agreed = world.all(mine)
+    return agreed, why if agreed == mine else "not all ranks have a working compiler"
+
+
 def compiled(model: torch.nn.Module, dtype: torch.dtype, deterministic: bool) -> torch.nn.Module:
-    """The model under torch.compile, for fixed shapes and products in `dtype`."""
+    """Compile the model for fixed shapes and products in `dtype`."""
     import torch._dynamo.config
     import torch._inductor.config
     import torch.compiler.config
@@ -169,8 +211,15 @@ def compiled(model: torch.nn.Module, dtype: torch.dtype, deterministic: bool) ->
     return torch.compile(model, dynamic=False)
 
 
+def flops_per_token(model, T: int) -> int:
+    """Count the operations per training token: 6N + 12LCT (Chowdhery et al. 2022, app. B), N without positions."""
+    N = sum(weight.numel() for name, weight in model.named_parameters() if ".wpe." not in name)
+    return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
+
+
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second that `device` can do at best in `dtype`.
+    """Return the floating-point operations per second that `device` can do at best in `dtype`.
 
     From the table on known GPUs (float32 runs as TF32 from Ampere on, at half of bf16); elsewhere the best of three
     matrix products.
@@ -191,8 +240,78 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
+def resolve(config, state: dict | None, model, world):
+    """Replace every "auto" in a TrainConfig by what suits this machine; see DataLoaderLite for why B changes no result.
+
+    dtype, B and compile stay those of the run that is resumed (`state` is its checkpoint), B and compile on the same
+    kind of machine only. Returns the settings, the World with its autocast, and the reasons for dtype and compile.
+    """
+    require(config, "sequence_length", config.sequence_length <= model.config.block_size,
+            f"at most the model's {model.config.block_size} positions")
+    before, step = {}, 0
+    if state:
+        before, step = state["train_config"], state["step"]
+    dtype, why_dtype = choose_dtype(config.dtype, before.get("dtype"), world)
+    world = dataclasses.replace(world, autocast=autocast(dtype, world.device))
+    if not state or not world.all(state["machine"] == identity(world)):
+        before = {}
+    B = config.micro_batch_size
+    if not B and before.get("activation_checkpointing", False) == config.activation_checkpointing:
+        B = before.get("micro_batch_size", 0)
+    if not B:
+        windows = count_micro_steps(config, world.world_size)  # of this rank in one step, as B is open
+        B = pick_micro_batch_size(model, config.sequence_length, windows, world)
+    flops = flops_per_token(model, config.sequence_length) * config.total_batch_size * (config.max_steps - step)
+    seconds = flops / (0.4 * peak_flops(world.device, dtype) * world.world_size)  # at 40 % of the peak
+    compiles, why_compile = choose_compile(config.compile, before.get("compile"), seconds, world)
+    name = str(dtype).removeprefix("torch.")
+    config = dataclasses.replace(config, dtype=name, micro_batch_size=B, compile=compiles)
+    count_micro_steps(config, world.world_size)  # raises for a B that does not divide the batch
+    return config, world, {"dtype": why_dtype, "compile": why_compile}
+
+
+def count_micro_steps(config, world_size: int) -> int:
+    """Count the micro-steps per optimizer step, at B=1 if B is still to be chosen.
+
+    Raises UserError, suggesting the nearest valid sizes, if the number is not whole.
+    """
+    tokens = max(1, config.micro_batch_size) * config.sequence_length * world_size
+    if config.total_batch_size % tokens:
+        below = config.total_batch_size // tokens * tokens
+        sizes = " or ".join(str(size) for size in (below, below + tokens) if size)
+        other = ", or change --micro_batch_size" if config.micro_batch_size else ""
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch_size x "
+                        f"sequence_length x ranks = {tokens}: make it {sizes}{other}")
+    return config.total_batch_size // tokens
+
+
+def pick_micro_batch_size(model, T: int, windows: int, world) -> int:
+    """Return B: the largest divisor of `windows`, those of a rank per step, that fits, the same on every rank.
+
+    On CUDA the peak memory is measured at B=1 and B=2 before compiling, and room is left for AdamW's two moments and,
+    with several ranks, DDP's buckets (4 bytes per parameter each). Elsewhere a micro-batch has at most 2,048 tokens, as
+    more gain nothing on a CPU. Raises UserError if not one window of T tokens fits.
+    """
+    fits = max(1, 2048 // T)
+    if world.device.type == "cuda":
+        def run(B: int) -> None:
+            idx = torch.zeros(B, T, dtype=torch.int64, device=world.device)  # (B, T)
+            with world.autocast:
+                loss = model(idx, idx)
+            loss.backward()
+
+        copies = 3 if world.world_size > 1 else 2
+        fits = count_fitting_windows(run, world.device, 4 * copies * model.count_parameters())
+        model.zero_grad(set_to_none=True)
+    fits = world.min(fits)
+    if fits < 1:
+        raise UserError(f"not one window of {T} tokens fits on {world.device}: use --activation_checkpointing, or a "
+                        "smaller --model or --sequence_length")
+    return next(B for B in range(min(fits, windows), 0, -1) if windows % B == 0)
+
+
 def count_fitting_windows(run, device: torch.device, other_bytes: int) -> int:
-    """Windows per forward and backward pass that fit into 90 % of a GPU's free memory, 0 if not even one does.
+    """Count the windows per forward and backward pass that fit into 90 % of a GPU's free memory; 0 if not one does.
 
     run(B) is such a pass of B windows; the peaks of run(1) and run(2) are extrapolated. `other_bytes` come on top of
     what run() needs. If two do not fit, the answer is 1, which training then tries.
@@ -214,7 +333,7 @@ def count_fitting_windows(run, device: torch.device, other_bytes: int) -> int:
 
 
 def fitting_windows(peaks: list[int], other_bytes: int, free_bytes: int) -> int:
-    """Windows that a forward and backward pass can hold, from its peaks in bytes at 1 and at 2 windows."""
+    """Extrapolate how many windows fit from the peaks of a pass, in bytes, at one and at two windows."""
     per_window = max(1, peaks[1] - peaks[0])
     return int((0.9 * free_bytes - (peaks[0] - per_window) - other_bytes) // per_window)
 
@@ -223,7 +342,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep what this process frees, for the next step, instead of giving it back to the system.
 
     A logits tensor is hundreds of MB; asked for anew each step, it costs the zeroing of all its pages. Does nothing
-    with another C library, or where the user has set glibc's own MALLOC_ variables.
+    with another C library, or if the user has set glibc's own MALLOC_ variables.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
@@ -232,8 +351,18 @@ def keep_freed_memory() -> None:
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
 
 
+def check_shape(config) -> None:
+    """Raise UserError if a GPTConfig is none, or its weights do not fit into this machine's memory."""
+    C, L = config.n_embd, config.n_layer
+    if min(vars(config).values()) < 1 or C % config.n_head:
+        raise UserError(f"n_embd {C} must be a multiple of n_head {config.n_head}, and all sizes positive")
+    parameters = (config.vocab_size + config.block_size + 2) * C + L * (12 * C + 13) * C
+    if 4 * parameters + 2**15 * L > memory_bytes():  # a module takes some memory too
+        raise UserError(f"{parameters:,} parameters are more than this machine's memory holds: use a smaller model")
+
+
 def memory_bytes() -> int:
-    """The memory of this machine, or a number past any model's where the system does not tell."""
+    """Return the memory of this machine, or a number past any model's if the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not POSIX
@@ -241,18 +370,32 @@ def memory_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: a type of its own, or one of the libraries' words for it."""
+    """Return whether an exception says that memory ran out, by its type or by one of the libraries' words for it."""
     words = ("out of memory", "allocate memory", "not enough memory", "_ALLOC_FAILED", "CUDA calloc", "CUDA malloc")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in words)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception says that another rank has gone; gloo has no type of its own for it."""
+    """Return whether an exception says that another rank has gone; gloo has no type of its own for it."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
+@contextlib.contextmanager
+def explained_errors(config):
+    """Turn the libraries' errors for lack of memory, or of another rank, into lines that say what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(memory_remedy(config.micro_batch_size, config.activation_checkpointing)) from error
+        if is_lost_connection(error):
+            raise ConnectionError("the connection to another rank is lost, see what that one says; the same command "
+                                  f"continues from the last checkpoint ({error})") from error
+        raise
+
+
 def memory_remedy(micro_batch_size: int, activation_checkpointing: bool) -> str:
-    """What to do about memory that ran out, in one line."""
+    """Say what to do about memory that ran out, in one line."""
     if micro_batch_size > 1:
         remedy = f"--micro_batch_size {micro_batch_size // 2}"
     elif not activation_checkpointing:
@@ -262,20 +405,25 @@ def memory_remedy(micro_batch_size: int, activation_checkpointing: bool) -> str:
     return f"out of memory at a micro-batch of {max(1, micro_batch_size)}: run the same command with {remedy}"
 
 
+def identity(world) -> dict:
+    """Describe what B and compile are chosen for: the number of ranks, and `cpu`, `mps` or the GPU's name."""
+    return {"world_size": world.world_size, "device_kind": device_kind(world.device)}
+
+
 def device_kind(device: torch.device) -> str:
-    """What B and compile were chosen for: `cpu`, `mps`, or the GPU's name."""
+    """Return `cpu`, `mps`, or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def describe_device(device: torch.device) -> str:
-    """A name for the plan card, such as `cpu, 2 threads` or `cuda:0, NVIDIA H100 80GB HBM3`."""
+    """Name a device for the summary, such as `cpu, 2 threads` or `cuda:0, NVIDIA H100 80GB HBM3`."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, and the commit of this code where it is a git checkout."""
+    """Return the versions of what computes, and the commit of this code if it is a git checkout."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,26 +1,34 @@
-"""Work over a network that fails now and then: retries, and a bar that shows how far it is."""
+"""Work over an unreliable network: retries, downloads, and a progress bar."""
+import hashlib
 import itertools
 import sys
 import time
+from pathlib import Path
 
-from plumbing.cli import UserError, explain
+from plumbing import files
+from plumbing.cli import UserError, explain, print0
+
+RETRIES = 3  # attempts that follow a failed download
+TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
+LOCK_SECONDS = 1800  # longest wait for another process that downloads the same file
 
 
 def patiently(action, what: str, retries: int, remedy: str):
-    """What action() returns, asked again while the network fails; see wait_or_give_up()."""
+    """Return action(), trying again after network errors. Raises UserError as wait_or_give_up() does."""
     for failures in itertools.count(1):
         try:
             return action()
         except (UserError, ModuleNotFoundError):
             raise
-        except Exception as error:  # the clients of a network have dozens of errors
+        except Exception as error:  # network clients raise dozens of types
             wait_or_give_up(failures, retries, what, error, remedy)
 
 
 def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=None) -> None:
-    """After `failures` in a row to do `what` wait 1, 2, 4 ... 60 seconds, or raise UserError with the remedy.
+    """Wait 1, 2, 4 ... 60 seconds after `failures` failed attempts in a row to do `what`.
 
-    What will fail again is not tried again: other status codes of 4xx than 408 and 429, and a hub that is switched off.
+    Raises UserError, with the remedy, after more failures than `retries`, and at once if another attempt cannot
+    succeed: for a status code 4xx other than 408 and 429, and if the hub is in offline mode.
     """
     status = getattr(getattr(error, "response", None), "status_code", 500)
     hopeless = type(error).__name__ == "OfflineModeIsEnabled" or (400 <= status < 500 and status not in (408, 429))
@@ -32,10 +40,58 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     (sleep or time.sleep)(seconds)
 
 
+def download(url: str, path: Path, size: int, sha256: str) -> None:
+    """Download `url` to `path`, with a progress bar, unless the right file is there already.
+
+    `path` appears only when its size in bytes and its SHA-256 are right. If another process is downloading the same
+    file, this one waits for it. Raises UserError or OSError, with the remedy, if the network fails or the file cannot
+    be written.
+    """
+    def is_there() -> bool:
+        return path.is_file() and files.sha256(path) == sha256
+
+    if is_there():
+        return
+    by_hand = f"put the file from {url} into {path.parent}/ yourself"
+    with files.lock(path.parent, "another process is downloading into", by_hand, f".{path.name}.lock", LOCK_SECONDS):
+        if is_there():  # the other process has finished
+            return
+        if path.exists():
+            print0(f"warning: {path} is not the expected file: downloading it again")
+        patiently(lambda: fetch(url, path, size, sha256), f"download {path.name}", RETRIES,
+                  f"check the network, or {by_hand}")
+
+
+def fetch(url: str, path: Path, size: int, sha256: str) -> None:
+    """Try once to download `url` to `path`.
+
+    Raises OSError if the network fails or sends another file, and UserError if the file cannot be written.
+    """
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=TIMEOUT) as response, files.atomic_write(path) as file:
+            response.raise_for_status()
+            digest = hashlib.sha256()
+            with progress_bar(size, 0, "B") as bar:
+                for data in response.iter_content(1 << 16):
+                    digest.update(data)
+                    bar.update(file.write(data))
+                    if file.tell() > size:
+                        break
+            if file.tell() != size or digest.hexdigest() != sha256:
+                raise OSError(f"received {file.tell():,} bytes of {response.headers.get('Content-Type')}, not the "
+                              f"{size:,} with the SHA-256 {sha256[:8]}...")
+    except OSError as error:
+        if error.errno is None and not isinstance(error, files.DataError):
+            raise  # requests' errors have no number; those of this machine's disk have one
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
-    """A tqdm bar; where nobody watches, in a job's log file, a line every half minute."""
+    """Return a tqdm bar on stderr, drawn anew every half minute if stderr is no terminal but a job's log file."""
     from tqdm import tqdm
 
-    seen = sys.stderr is not None and sys.stderr.isatty()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True,
-                disable=quiet or sys.stderr is None, mininterval=0.5 if seen else 30)
+                disable=quiet or sys.stderr is None, mininterval=0.5 if is_terminal else 30)

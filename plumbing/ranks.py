@@ -1,27 +1,83 @@
 """The processes of one run: how they start, find each other, agree, and hear of an error on rank 0.
 
-    processes(device, deterministic)          a context that gives (rank, world_size, device)
-    from_rank0(action, rank, world_size)      what action() returns or raises on rank 0, on every rank
-    min_over_ranks(value, device, world_size) what all ranks can agree on
+    processes(device, ...)   a context that gives the World of this process
+    World                    rank, world_size, device, autocast, stop, and what ranks do together
 """
 import contextlib
 import datetime
 import os
+import threading
 import time
 import uuid
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from plumbing import machine
-from plumbing.cli import UserError
+from plumbing.cli import Stopped, UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
 
 
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of a run. The default is a single process on the CPU."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)  # of matrix products
+    stop: threading.Event = field(default_factory=threading.Event)  # set when this process receives a signal
+
+    def from_rank0(self, action):
+        """Run action() on rank 0 and return its result, which must be picklable, on every rank.
+
+        If it raises, the other ranks raise a UserError with the same message: a rank that knew nothing would wait in
+        its next collective until the job is killed.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome, raised = [None, ""], None
+        if self.rank == 0:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                raised, outcome[1] = error, str(error) or type(error).__name__
+        dist.broadcast_object_list(outcome, src=0)
+        result, message = outcome
+        if message:
+            raise raised or UserError(message)
+        return result
+
+    def min(self, value: int) -> int:
+        """Return the smallest value of all ranks: what all of them can agree on."""
+        smallest = torch.tensor(value, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def all(self, true: bool) -> bool:
+        """Return whether it is true on every rank."""
+        return bool(self.min(int(true)))
+
+    def sum_on_host(self, values: list[torch.Tensor]) -> list[float]:
+        """Sum scalars over the ranks and copy them to the host, all in one transfer.
+
+        Raises Stopped on every rank if one of them has received a signal.
+        """
+        stop = torch.full_like(values[0], bool(self.stop.is_set()))
+        stacked = torch.stack([value.to(stop) for value in (*values, stop)])
+        if self.world_size > 1:
+            dist.all_reduce(stacked)
+        *sums, stop = stacked.tolist()
+        if stop:
+            raise Stopped
+        return sums
+
+
 @contextlib.contextmanager
-def processes(device: str, deterministic: bool = False):
-    """Join torchrun's process group, if there is one, while the context lasts; gives rank, world_size, device."""
+def processes(device: str = "auto", deterministic: bool = False, stop: threading.Event | None = None):
+    """Join torchrun's process group, if there is one, while the context lasts; yields the World of this process."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]
@@ -42,18 +98,18 @@ def processes(device: str, deterministic: bool = False):
         on_cuda = device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", store=fresh_store(rank, world_size), rank=rank,
                                 world_size=world_size, device_id=device if on_cuda else None, timeout=TIMEOUT)
-    yield rank, world_size, device
+    yield World(rank, world_size, device, stop=stop or threading.Event())
     if world_size > 1:  # skipped on errors: a barrier would wait for ranks that are gone and hide the error
-        dist.barrier()  # gloo's threads may still hold a tensor: they abort if Python ends before they let it go
+        dist.barrier()  # gloo's threads may still hold a tensor, and abort if Python ends before they let go of it
         dist.destroy_process_group()
 
 
 def fresh_store(rank: int, world_size: int):
-    """The store over which ranks find each other, with a prefix that no earlier attempt of the job has used.
+    """Return the store over which ranks find each other, with a prefix that no earlier attempt of the job has used.
 
     torchrun keeps one store over restarts (pytorch/pytorch#135712): a rank could read there where one that is dead now
     had listened, and wait for it for half an hour. Its count of restarts does not tell attempts apart, as each of
-    several torchruns counts its own. None without torchrun's store: then it is new each time.
+    several torchruns counts its own. Returns None without torchrun's store: then the store is new each time.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -70,32 +126,3 @@ def fresh_store(rank: int, world_size: int):
             return dist.PrefixStore(seen[0].decode(), store)
         time.sleep(0.02)
     raise ConnectionError("the other ranks did not come within half an hour: are they all running?")
-
-
-def from_rank0(action, rank: int, world_size: int):
-    """Run action() on rank 0 and return its result, which must be picklable, on every rank.
-
-    If it raises, the others raise a UserError with the same message: a rank that knew nothing would wait in its next
-    collective until the job is killed.
-    """
-    if world_size == 1:
-        return action()
-    outcome, raised = [None, ""], None
-    if rank == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            raised, outcome[1] = error, str(error) or type(error).__name__
-    dist.broadcast_object_list(outcome, src=0)
-    result, message = outcome
-    if message:
-        raise raised or UserError(message)
-    return result
-
-
-def min_over_ranks(value: int, device, world_size: int) -> int:
-    """The smallest value any rank has: what all of them can agree on."""
-    smallest = torch.tensor(value, device=device)
-    if world_size > 1:
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)

@@ -1,105 +1,190 @@
 """The verdict on a run, from its log: report.md beside it, and the model card of an exported model.
 
-    write_report(folder)        report.md, as training writes it at its end
-    model_card(name, ...)       README.md of an exported folder
-    verdict(folder, lines)      the line on top of both
+    write_report(folder)        writes report.md, as training does at its end
+    model_card(name, ...)       returns README.md of an exported folder
+    verdict(folder, lines)      returns the line on top of both
 
-A loss is compared only where it is of the same tokens: with what `--init_from gpt2 --max_steps 0` measured on the
-run's own validation split, or with the published one where the data's manifest shows the source that it belongs to.
-Numbers are compared as they are printed, with four decimals.
+A run reproduces GPT-2 124M only if its model is that model (plumbing/reference.py has checked it), began with new
+weights, and reached OpenAI's loss on the same tokens in windows of the same length. OpenAI's loss is the one that
+`--init_from gpt2 --eval_only` has measured on the run's validation split, or the published one if the manifest of the
+data shows the source that it belongs to. Numbers are compared as they are printed, with four decimals.
 """
 import json
 import math
-import os
 import shlex
 import statistics
 from pathlib import Path
 
-from plumbing import curve
+from plumbing import curve, published
 from plumbing.cli import clock
-from plumbing.curve import OPENAI_HELLASWAG, OPENAI_LOSS, last
-from plumbing.files import open_new
+from plumbing.curve import last
+from plumbing.files import atomic_write
 from plumbing.shards import FINEWEB_EDU
-
-PUBLISHED_TOKENS = 10_485_760  # of validation, in windows of 1,024, behind OPENAI_LOSS
-HELLASWAG_EXAMPLES = 10_042  # behind OPENAI_HELLASWAG
-GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 
 
 def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
-    """(loss in nats a token, where it is from) of OpenAI's GPT-2 124M on the validation tokens of a run, if known."""
+    """Return OpenAI's GPT-2 124M's loss on the validation tokens of a run, and where it is from; None if unknown."""
     data, T = run["data"], run["config"]["sequence_length"]
-    tokens, seen, measured = data.get("val_sha256"), None, None
+    tokens, evaluation, measured = data.get("val_sha256"), None, None
     for line in curve.read_log(folder / "eval.jsonl") if (folder / "eval.jsonl").is_file() else []:
         if line["kind"] == "run":
-            seen = line
-        elif line["kind"] == "val" and line.get("loss") is not None and tokens and seen:
-            same = seen["data"].get("val_sha256") == tokens and seen["config"].get("sequence_length") == T
-            if same and seen.get("origin") == "OpenAI's gpt2":  # not a folder of that name
-                measured = line["loss"], f"measured on the same tokens, {seen['config'].get('dtype')}"
+            evaluation = line
+        elif line["kind"] == "val" and line.get("loss") is not None and tokens and evaluation:
+            same_tokens = evaluation["data"].get("val_sha256") == tokens
+            same_windows = evaluation["config"].get("sequence_length") == T
+            # a folder of that name has another origin
+            if same_tokens and same_windows and evaluation.get("origin") == "OpenAI's gpt2":
+                measured = line["loss"], f"measured on the same tokens, {evaluation['config'].get('dtype')}"
     if measured:
         return measured
-    if data.get("source") == FINEWEB_EDU and data.get("val_tokens") == PUBLISHED_TOKENS and T == 1024:
-        return OPENAI_LOSS, "published for the same source, commit and tokens"
+    same_tokens = data.get("source") == FINEWEB_EDU and data.get("val_tokens") == published.LOSS_TOKENS
+    if same_tokens and T == published.LOSS_WINDOW:
+        return published.LOSS, "published for the same source, commit and tokens"
     return None
 
 
 def verdict(folder: Path, lines: list[dict]) -> str:
-    """Reproduced, or by how much not, or why that cannot be said: one line."""
-    run, val, scored = last(lines, "run"), last(lines, "val").get("loss"), last(lines, "hellaswag")
-    config, shape = run["config"], run["model"]
+    """Say in one line whether the run is a reproduction, by how much it is not, or why that cannot be said."""
+    if is_demo(lines):
+        return demo_verdict(lines)
     if not curve.is_fineweb_edu(lines):
-        return "No reference exists for the loss on this data: GPT-2's is known for FineWeb-Edu only."
-    if any(shape.get(key) != GPT2[key] for key in GPT2) or config["sequence_length"] != GPT2["block_size"]:
-        return "No reproduction of GPT-2 124M: the model has another shape, or was trained on other windows."
-    if config["init_from"]:
-        return f"No reproduction: the run began with the weights of {config['init_from']}."
+        return "No reference exists for the loss on this data: OpenAI's is known for FineWeb-Edu only."
+    if obstacle := why_not_comparable(lines):
+        return obstacle
+    run, loss = last(lines, "run"), last(lines, "val").get("loss")
     reference = openai_loss(folder, run)
     if reference is None:
-        command = shlex.join(["python", "train_gpt2.py", "--init_from", "gpt2", "--max_steps", "0", "--data",
+        config = run["config"]
+        command = shlex.join(["python", "train_gpt2.py", "--init_from", "gpt2", "--eval_only", "--data",
                               config["data"], "--val_tokens", str(config["val_tokens"]),
                               "--out_dir", config["out_dir"]])
-        return (f"No verdict: OpenAI's loss on this validation split is not known; `{command}` measures it, and the "
-                "training command given again then writes this file anew.")
-    if val is None:
+        return (f"No verdict: OpenAI's loss on this validation split is not known. `{command}` measures it; the "
+                "training command, given again, then writes this file anew.")
+    if loss is None:
         return "Not reproduced: the run has no validation loss."
-    apart = round(val, 4) - round(reference[0], 4)
+    reached, text = compare(loss, last(lines, "hellaswag"), reference[0])
+    branch = run["config"].get("branch_from")
+    from_where = f" The run branched from {branch}." if branch else ""
+    return f"{'Reproduced' if reached else 'Not reproduced'}: {text}.{from_where}"
+
+
+def why_not_comparable(lines: list[dict]) -> str:
+    """Say why a run on FineWeb-Edu is no reproduction, or cannot be known to be one; empty if it can be compared."""
+    config, window = last(lines, "run")["config"], published.LOSS_WINDOW
+    checks = [line.get("gpt2") for line in lines if line["kind"] == "run"]  # one per session
+    if False in checks:
+        return "No reproduction of GPT-2 124M: the model has another shape, or computes something else."
+    if config["sequence_length"] != window:
+        return (f"No reproduction of GPT-2 124M: the model was trained on windows of {config['sequence_length']:,} "
+                f"tokens, not {window:,}.")
+    began_with = initial_weights(config)
+    if began_with is None:
+        return (f"No verdict: the run branched from {config['branch_from']}, and no log beside that file tells which "
+                "weights it began with. Put that run's log.jsonl there, and give the training command again.")
+    if began_with:
+        return f"No reproduction: the run began with the weights of {began_with}."
+    if None in checks:
+        command = shlex.join(["python", "train_gpt2.py", "--eval_only", "--data", config["data"],
+                              "--out_dir", config["out_dir"]])
+        return ("No verdict: the log was written by an earlier version, which did not check that the model is GPT-2 "
+                f"124M. `{command}` evaluates its checkpoint with this version, to compare with OpenAI's loss; a new "
+                "run, in another --out_dir, gets a verdict.")
+    return ""
+
+
+def initial_weights(config: dict) -> str | None:
+    """Trace a run through those it branched from: what it took its first weights from, empty if they were new.
+
+    Returns None if a log on the way cannot be read.
+    """
+    visited = set()
+    while not config.get("init_from"):
+        branch = config.get("branch_from")
+        if not branch:
+            return ""
+        try:
+            lines = curve.read_log(Path(branch).parent)
+        except OSError:
+            return None
+        config = last(lines, "run").get("config")
+        if not config or branch in visited:
+            return None
+        visited.add(branch)
+    return config["init_from"]
+
+
+def compare(loss: float, scored: dict, reference: float) -> tuple[bool, str]:
+    """Compare a run with OpenAI's GPT-2: whether it is as good, and the numbers. `scored` is its HellaSwag line."""
+    apart = round(loss, 4) - round(reference, 4)
     side = "above" if apart > 0 else "below"
-    text = f"validation loss {val:.4f}, {abs(apart):.4f} {side} OpenAI's {reference[0]:.4f}"
-    right = apart <= 0
-    if scored.get("n") == HELLASWAG_EXAMPLES and scored["acc_norm"] is not None:
-        apart = round(scored["acc_norm"], 4) - OPENAI_HELLASWAG
-        right = right and apart >= 0
-        text += (f"; HellaSwag {scored['acc_norm']:.2%}, {abs(100 * apart):.2f} points "
-                 f"{'below' if apart < 0 else 'above'} {OPENAI_HELLASWAG:.2%}")
-    else:
-        text += "; HellaSwag was not measured on all examples"
-    return f"{'Reproduced' if right else 'Not reproduced'}: {text}."
+    text = f"validation loss {loss:.4f}, {abs(apart):.4f} {side} OpenAI's {reference:.4f}"
+    if scored.get("n") != published.HELLASWAG_EXAMPLES or scored["acc_norm"] is None:
+        return apart <= 0, f"{text}; HellaSwag was not measured on all examples"
+    known = published.HELLASWAG_ACC_NORM
+    points = round(scored["acc_norm"], 4) - known
+    side = "below" if points < 0 else "above"
+    text += f"; HellaSwag {scored['acc_norm']:.2%}, {abs(100 * points):.2f} points {side} {known:.2%}"
+    return apart <= 0 and points >= 0, text
+
+
+def is_demo(lines: list[dict]) -> bool:
+    """Return whether a run has the data of the demo and the settings that define its loss."""
+    run, settings = last(lines, "run"), published.DEMO["settings"]
+    config, data = run.get("config", {}), run.get("data", {})
+    same_settings = {name: config.get(name) for name in settings} == settings
+    return same_settings and data.get("val_sha256") == published.DEMO["val_sha256"]
+
+
+def demo_is_as_expected(lines: list[dict]) -> bool | None:
+    """Return whether the demo's final loss is as expected; None if the log is another run's or lacks it."""
+    val = last(lines, "val")
+    if not is_demo(lines) or val.get("step") != published.DEMO["settings"]["max_steps"]:
+        return None
+    return val.get("loss") is not None and abs(val["loss"] - published.DEMO["loss"]) <= published.DEMO["tolerance"]
+
+
+def demo_verdict(lines: list[dict]) -> str:
+    """Say in one line whether the demo went as expected, and what to do if not."""
+    as_expected, loss = demo_is_as_expected(lines), last(lines, "val").get("loss")
+    if as_expected is None:
+        return f"No verdict yet: the demo ends after {published.DEMO['settings']['max_steps']} steps."
+    reached = "no validation loss" if loss is None else f"validation loss {loss:.4f}"
+    usual = f"{published.DEMO['loss']:.2f} +- {published.DEMO['tolerance']:.2f}"
+    if as_expected:
+        return f"As expected: {reached}; the demo gives {usual} on the machines tried."
+    return (f"Not as expected: {reached}, but the demo gives {usual} on the machines tried. If you have changed the "
+            "code, that is the reason; otherwise run pytest, which shows what computes wrongly here.")
+
+
+def remark(lines: list[dict]) -> str:
+    """Return what to add to the demo's loss on the screen; empty for any other run."""
+    return {None: "", True: ", as expected,", False: ", not as expected (see report.md),"}[demo_is_as_expected(lines)]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Rows of cells as Markdown."""
+    """Format rows of cells as a Markdown table."""
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def results(folder: Path, lines: list[dict]) -> str:
-    """What was reached, beside OpenAI's numbers where they may be compared: a table."""
+    """Tabulate what the run reached, beside OpenAI's numbers if they may be compared."""
     run, val, scored, rows = last(lines, "run"), last(lines, "val"), last(lines, "hellaswag"), []
     loss = openai_loss(folder, run) if curve.is_fineweb_edu(lines) else None
     if val.get("loss") is not None:
-        rows.append(["validation loss, nats a token", f"{val['loss']:.4f} after {val['step']:,} steps",
+        rows.append(["validation loss, nats per token", f"{val['loss']:.4f} after {val['step']:,} steps",
                      f"{loss[0]:.4f}, {loss[1]}" if loss else "not known for these tokens"])
     if scored.get("acc_norm") is not None:
         p, n = scored["acc_norm"], scored["n"]
+        stderr = math.sqrt(p * (1 - p) / max(1, n - 1))
         rows.append(["HellaSwag acc_norm, completion style",
-                     f"{p:.2%} ± {math.sqrt(p * (1 - p) / max(1, n - 1)):.2%} on {n:,} examples after "
-                     f"{scored['step']:,} steps", f"{OPENAI_HELLASWAG:.2%} on {HELLASWAG_EXAMPLES:,}, published"])
+                     f"{p:.2%} ± {stderr:.2%} on {n:,} examples after {scored['step']:,} steps",
+                     f"{published.HELLASWAG_ACC_NORM:.2%} on {published.HELLASWAG_EXAMPLES:,}, published"])
     return table(["", "this run", "OpenAI's GPT-2 124M"], rows)
 
 
 def facts(lines: list[dict]) -> str:
-    """What ran, on what, for how long: a table."""
+    """Tabulate what ran, on what, and for how long."""
     run, train = last(lines, "run"), [line for line in lines if line["kind"] == "train"]
     config, data, shape = run["config"], run["data"], run["model"]
     sessions = [line for line in lines if line["kind"] == "run"]
@@ -108,23 +193,10 @@ def facts(lines: list[dict]) -> str:
         rows.insert(0, ["model", f"{shape['n_layer']} layers, {shape['n_head']} heads, {shape['n_embd']} channels, "
                                  f"{shape['block_size']:,} positions, from {sessions[0].get('origin')}"])
     if train:
-        final, hours = train[-1], sum(line["dt_ms"] for line in train) / 3.6e6
-        speed, mfu = (statistics.median([line[key] for line in train if line.get(key) is not None] or [math.nan])
-                      for key in ("tok_per_s", "mfu"))
-        rows += [
-            ["tokens", f"{final['tokens']:,} in {final['step']:,} steps of {config['total_batch_size']:,}, windows of "
-                       f"{config['sequence_length']:,}"],
-            ["training loss", f"{curve.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
-            ["optimizer", f"{config['optimizer']}, learning rate {config['max_lr']:g} to {config['min_lr']:g} after "
-                          f"{config['warmup_steps']:,} steps of warm-up, weight decay {config['weight_decay']:g}, "
-                          f"gradients clipped to {config['grad_clip']:g}"],
-            ["time", f"{hours:.3g} hours ({clock(3600 * hours)}) of steps, evaluation not counted"],
-            ["speed", f"{speed:,.0f} tokens/s, MFU {mfu:.1%}, medians"],
-        ]
-        if skipped := sum(line.get("skipped", False) for line in train):
-            rows.append(["skipped steps", f"{skipped}, their loss or gradient was not finite"])
+        rows += facts_of_training(lines, train, config)
     ranks = f", {run['ranks']} ranks" if run.get("ranks", 1) > 1 else ""
-    rows += [["device", f"{run['device']}{ranks}; {config['dtype']}, {'' if config['compile'] else 'not '}compiled"],
+    compiled = "compiled" if config["compile"] else "not compiled"
+    rows += [["device", f"{run['device']}{ranks}; {config['dtype']}, {compiled}"],
              ["versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)]]
     if run.get("command"):
         times = f" ({len(sessions)} times: it was resumed)" if len(sessions) > 1 else ""
@@ -132,31 +204,46 @@ def facts(lines: list[dict]) -> str:
     return table(["", ""], rows)
 
 
+def facts_of_training(lines: list[dict], train: list[dict], config: dict) -> list[list[str]]:
+    """Return the rows about the optimizer steps, whose lines are `train`."""
+    final, hours = train[-1], sum(line["dt_ms"] for line in train) / 3.6e6
+    speeds, mfus = ([line[key] for line in train if line.get(key) is not None] for key in ("tok_per_s", "mfu"))
+    speed, mfu = (statistics.median(values or [math.nan]) for values in (speeds, mfus))
+    rows = [
+        ["tokens", f"{final['tokens']:,} in {final['step']:,} steps of {config['total_batch_size']:,}, windows of "
+                   f"{config['sequence_length']:,}"],
+        ["training loss", f"{curve.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
+        ["optimizer", f"{config['optimizer']}, learning rate {config['max_lr']:g} to {config['min_lr']:g} after "
+                      f"{config['warmup_steps']:,} steps of warmup, weight decay {config['weight_decay']:g}, "
+                      f"gradients clipped to {config['grad_clip']:g}"],
+        ["time", f"{hours:.3g} hours ({clock(3600 * hours)}) of steps, evaluation not counted"],
+        ["speed", f"{speed:,.0f} tokens/s, MFU {mfu:.1%}, medians"],
+    ]
+    if skipped := sum(line.get("skipped", False) for line in train):
+        rows.append(["skipped steps", f"{skipped}, because their loss or gradient was not finite"])
+    return rows
+
+
 def not_measured(lines: list[dict]) -> str:
-    """What a reader might look for and will not find: one line."""
+    """Say in one line what a reader might look for and will not find."""
     missing = [name for kind, name in (("val", "validation loss"), ("hellaswag", "HellaSwag")) if not last(lines, kind)]
     return "Not measured: " + ", ".join([*missing, "any other benchmark", "bias, toxicity and memorised text"]) + "."
 
 
 def write_report(folder) -> Path:
-    """Write report.md into a run's folder, from its log -> its path; OSError where that cannot be done."""
+    """Write report.md into a run's folder, from its log, and return its path. Raises OSError if that fails."""
     folder = Path(folder)
     lines = curve.read_log(folder)
     picture = "![training and validation loss](loss.png)\n\n" if (folder / "loss.png").exists() else ""
     text = (f"# {folder}\n\n**{verdict(folder, lines)}**\n\n{picture}{results(folder, lines)}\n\n{facts(lines)}\n\n"
             f"{not_measured(lines)}\n")
-    path, temporary = folder / "report.md", folder / "report.md.tmp"
-    try:
-        with open_new(temporary) as file:
-            file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files may be no text
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with atomic_write(folder / "report.md") as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be UTF-8
+    return folder / "report.md"
 
 
 def model_card(name: str, source: str, parameters: int, folder: Path | None, step: int) -> str:
-    """README.md of a model exported from `source`: what it is, and what the log in `folder` says of it up to `step`."""
+    """Return README.md of a model exported from `source`, with what the log in `folder` says of it up to `step`."""
     data, about = "", f"No log of its training could be read. {not_measured([])}\n"
     try:
         lines = [line for line in curve.read_log(folder) if line.get("step", 0) <= step] if folder else []
@@ -165,7 +252,7 @@ def model_card(name: str, source: str, parameters: int, folder: Path | None, ste
                      f"\n## Training\n\n{facts(lines)}\n")
             data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if curve.is_fineweb_edu(lines) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        pass  # a log of another program or version: the model is exported all the same
+        pass  # the log of another program or version: the model is exported all the same
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -1,12 +1,12 @@
-"""Token files: the shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files, checked as they open.
+"""Token files: shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files. Each is checked when opened.
 
-    open_tokens(data, split, shuffle)    [(name, tokens), ...] of a folder of shards or of a text file
-    announce(tokens, start, stop)        reads ahead
-    ShardWriter(path, size)              a shard that has its name only once it is whole
+    open_tokens(data, split, shuffle)    [(name, tokens), ...] for a folder of shards or a text file
+    read_ahead(tokens, start, stop)      has the system read tokens before they are needed
+    ShardWriter(path, size)              a shard that gets its name only once it is whole
     Manifest(folder)                     what the shards in a folder were made of, and their hashes
-    verify(folder)                       compares the shards with it
+    verify(folder)                       compares the shards with the manifest
 
-Tokens are uint16 arrays, memory-mapped where they come from shards: opening ten billion of them reads a few pages.
+Tokens are uint16 arrays. Those of shards are memory-mapped: opening ten billion of them reads a few pages.
 """
 import contextlib
 import hashlib
@@ -19,16 +19,18 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import DataError, check_inside, open_new, replace, sha256
+from plumbing.files import DataError, atomic_write, check_inside, replace, sha256
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"  # what fineweb.py reads
+# the source that fineweb.py reads by default
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """One shard -> its tokens, a memory-mapped uint16 array; DataError where it is not what its name says.
+    """Open one shard as a memory-mapped uint16 array.
 
-    .npy: as numpy writes it. .bin: llm.c's, 256 int32 of header (20240520, version 1, number of tokens), then tokens;
-    train.bin and val.bin without that header: nanoGPT's, tokens alone.
+    A .npy file is what np.save writes. A .bin file is llm.c's: a header of 256 int32 (20240520, version 1, number of
+    tokens), then the tokens. train.bin and val.bin may also be nanoGPT's: tokens without a header. Raises DataError if
+    the file is anything else.
     """
     check_inside(path)
     try:
@@ -52,12 +54,12 @@ def open_shard(path: Path) -> np.ndarray:
         if path.name not in ("train.bin", "val.bin"):
             raise ValueError("it does not start with the magic number 20240520")
         return np.memmap(path, dtype=np.uint16, mode="r")
-    except Exception as error:  # numpy's parser of headers lets through what Python's own raises
+    except Exception as error:  # numpy passes on whatever Python's parser raises on a bad header
         raise DataError(f"shard {path} cannot be used: {error}: prepare it again") from error
 
 
 def read_text(path: Path, split: str) -> np.ndarray:
-    """A UTF-8 text file -> the tokens of one split, uint16: the last tenth is val, the rest train."""
+    """Encode a UTF-8 text file and return the uint16 tokens of one split: the last tenth is val, the rest train."""
     from plumbing.tokenizer import gpt2_encoding
 
     try:
@@ -73,9 +75,10 @@ def read_text(path: Path, split: str) -> np.ndarray:
 
 
 def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.ndarray]]:
-    """(name, tokens) of every shard of a split, in file-name order, checked; DataError where there is none.
+    """Return (name, tokens) for every shard of a split, in file-name order. `data` may also be a text file.
 
-    `shuffle` tells the system that reads will jump about: it then fetches a window's 4 kB, not megabytes ahead of it.
+    `shuffle` tells the system that reads will be in random order, so that it fetches only a window's 4 kB and not the
+    megabytes after it. Raises DataError if there are no shards, or if one is bad or missing.
     """
     data = Path(data)
     if data.is_file():
@@ -83,8 +86,8 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
     if not data.is_dir():
         raise DataError(f"no data {str(data)!r}: --data takes a folder of token shards or a text file")
     if unfinished := next(data.glob("progress*.json"), None):
-        raise DataError(f"the shards in {str(data)!r} are not all there: give the fineweb.py command that makes them "
-                        f"again, or delete {unfinished.name} to train on those that are")
+        raise DataError(f"the shards in {str(data)!r} are not all there: run the same fineweb.py command again, "
+                        f"or delete {unfinished.name} to train on those that are")
     paths = sorted(path for path in data.iterdir()
                    if path.suffix in (".npy", ".bin") and split in path.name and not path.name.startswith("."))
     if not paths:
@@ -101,10 +104,57 @@ def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.n
     return found
 
 
-def announce(tokens: np.ndarray, start: int, stop: int) -> None:
-    """Have the system read tokens[start:stop] of a mapped shard from the disk ahead of time; returns at once."""
+def require_windows(n_windows: int, config, split: str) -> None:
+    """Raise DataError if a split has no window of a TrainConfig's length."""
+    if n_windows == 0:
+        raise DataError(f"the {split} split of {config.data!r} is shorter than one window of {config.sequence_length} "
+                        "+ 1 tokens: use more data or a smaller --sequence_length")
+
+
+def check_samples(names: list[str], shards: list[np.ndarray], vocab_size: int) -> str:
+    """Check a sample of the tokens of each shard, as reading all would take minutes; or all, if it is a small one.
+
+    Returns a hash of the sample and of the number of tokens, by which a resumed run recognizes its data.
+    """
+    hashed = hashlib.sha256()
+    for name, shard in zip(names, shards):
+        hashed.update(f"{len(shard)} ".encode())
+        size = len(shard) if len(shard) <= 2**20 else 1024
+        for start in sorted({0, (len(shard) - size) // 2, len(shard) - size}):
+            tokens = shard[start:start + size]
+            check_tokens(tokens, name, vocab_size)
+            hashed.update(np.ascontiguousarray(tokens, dtype="<u2").data)
+    return hashed.hexdigest()
+
+
+def check_tokens(tokens: np.ndarray, name: str, vocab_size: int) -> None:
+    """Raise DataError if a token is not in the vocabulary."""
+    if tokens.size and tokens.max() >= vocab_size:
+        raise DataError(f"shard {name} holds the token {tokens.max()}, the vocabulary ends at {vocab_size - 1}: "
+                        "prepare it again with the GPT-2 encoding")
+
+
+def fingerprint(train_loader, val_loader) -> dict:
+    """Describe the data of a run, so that it recognizes them when it is resumed."""
+    return {"n_windows": train_loader.n_windows, "sha256": train_loader.sha256, "val_sha256": val_loader.sha256}
+
+
+def check_same(before: dict, train_loader, val_loader) -> None:
+    """Raise DataError if the data are not those with this fingerprint; older checkpoints have no hashes in it."""
+    now = fingerprint(train_loader, val_loader)
+    remedy = "restore them, or choose another --out_dir for a new run"
+    if before.get("n_windows") not in (None, now["n_windows"]):
+        raise DataError(f"the data have {now['n_windows']} windows to train on, they had {before['n_windows']} when "
+                        f"the run began: {remedy}")
+    for key, split in (("sha256", "training"), ("val_sha256", "validation")):
+        if before.get(key) not in (None, now[key]):
+            raise DataError(f"the {split} data have other tokens than when the run began: {remedy}")
+
+
+def read_ahead(tokens: np.ndarray, start: int, stop: int) -> None:
+    """Ask the system to read tokens[start:stop] of a mapped shard from the disk, and return at once."""
     if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-        offset = tokens.offset % mmap.ALLOCATIONGRANULARITY  # of the first token within the mapping
+        offset = tokens.offset % mmap.ALLOCATIONGRANULARITY  # of the first token, within the mapping
         first, end = (offset + position * tokens.itemsize for position in (start, stop))
         first -= first % mmap.PAGESIZE
         with contextlib.suppress(OSError):  # it is only a hint
@@ -112,23 +162,23 @@ def announce(tokens: np.ndarray, start: int, stop: int) -> None:
 
 
 def check_manifests(folder: Path) -> None:
-    """DataError where a shard that a manifest of fineweb.py records is not there or has another size."""
+    """Raise DataError if a shard in a manifest of fineweb.py is missing or has another size."""
     for manifest in sorted(folder.glob("manifest*.json")):
         recorded = []
-        with contextlib.suppress(OSError):  # another program's, or damaged: `fineweb.py --verify` will tell
+        with contextlib.suppress(OSError):  # another program's, or damaged, which `fineweb.py --verify` reports
             recorded = read_record(manifest)["shards"]
         for shard in recorded:
             path = folder / shard["name"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise DataError(f"shard {path} is {'damaged' if path.exists() else 'missing'}: give the fineweb.py "
-                                "command that made the folder again, or, to train on what is there, delete "
-                                f"{manifest.name}")
+                problem = "damaged" if path.exists() else "missing"
+                raise DataError(f"shard {path} is {problem}: run the fineweb.py command that made the folder again, "
+                                f"or delete {manifest.name} to train on the shards that are there")
 
 
 def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
-    """What a run's log says of its data: the manifest's source and commit, if any, and the hash of what is validated.
+    """Describe the data of a run for its log: source and commit from the manifest, if any, and the validation hash.
 
-    `val_shards` are the tokens of the validation split, of which the first `val_tokens` count.
+    `val_shards` are the tokens of the validation split; the first `val_tokens` of them are hashed.
     """
     values = {}
     for manifest in sorted(Path(data).glob("manifest*.json"))[:1]:
@@ -143,58 +193,58 @@ def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
 
 
 class ShardWriter:
-    """A .npy file of uint16 as np.save writes it, under a temporary name until it is whole.
+    """Writes a .npy file of uint16, as np.save does, under a temporary name until it is whole.
 
-    It is hashed while it is written, as the shard of `size` tokens that it is expected to become.
+    The data are hashed as they are written, with the header of a shard of `size` tokens, which most shards become. Call
+    finish() or abandon() at the end.
     """
 
     def __init__(self, path: Path, size: int):
-        self.path, self.temporary, self.size = path, path.with_name(path.name + ".tmp"), size
+        self.path, self.size = path, size
         self.tokens = self.documents = 0
-        self.file = open_new(self.temporary)
+        self.stack = contextlib.ExitStack()  # closes the file and renames it; deletes it after an error
+        self.file = self.stack.enter_context(atomic_write(path))
         self.file.write(npy_header(size))
         self.hash = hashlib.sha256(npy_header(size))
 
     def write(self, tokens: np.ndarray, documents: int) -> None:
-        """Append tokens, among which so many documents begin."""
+        """Append tokens, in which `documents` documents begin."""
         data = tokens.astype("<u2", copy=False).data
         self.file.write(data)
         self.hash.update(data)
         self.tokens, self.documents = self.tokens + len(tokens), self.documents + documents
 
     def finish(self) -> dict:
-        """Give the shard its name once all of it is on the disk -> its record for the manifest."""
-        if self.tokens != self.size:
-            self.file.seek(0)
-            self.file.write(npy_header(self.tokens))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        record = {"name": self.path.name, "documents": self.documents, "tokens": self.tokens,
-                  "bytes": self.temporary.stat().st_size,
-                  "sha256": self.hash.hexdigest() if self.tokens == self.size else sha256(self.temporary)}
-        replace(self.temporary, self.path)
-        return record
+        """Put the shard on the disk under its own name, and return its record for the manifest."""
+        with self.stack:
+            if self.tokens != self.size:  # the last shard, as a rule: correct the header and hash the file anew
+                self.file.seek(0)
+                self.file.write(npy_header(self.tokens))
+            self.file.flush()
+            digest = self.hash.hexdigest() if self.tokens == self.size else sha256(Path(self.file.name))
+            size = os.fstat(self.file.fileno()).st_size
+        return {"name": self.path.name, "documents": self.documents, "tokens": self.tokens, "bytes": size,
+                "sha256": digest}
 
     def abandon(self) -> None:
-        """Leave nothing behind; does nothing to a finished shard."""
-        with contextlib.suppress(OSError):
-            self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        """Delete the temporary file. Does nothing to a finished shard."""
+        with contextlib.suppress(OSError), self.stack:
+            raise OSError("abandoned")  # on which atomic_write deletes the file
 
 
 def npy_header(tokens: int) -> bytes:
-    """The header of a .npy file of so many uint16; numpy pads it to the same 128 bytes for any number."""
+    """Return the header of a .npy file of uint16 tokens. numpy pads it to 128 bytes for any number of tokens."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     return header.getvalue()
 
 
 class Manifest:
-    """What a folder of shards is made of: settings, and of every shard its name, documents, tokens, bytes and sha256.
+    """A record of a folder of shards: the settings, and the name, documents, tokens, bytes and sha256 of every shard.
 
-    It is progress.json while shards are missing and manifest.json when all are there. `node` is put into these names
-    where several machines write to one folder. Opening it drops the records from the first shard on that is not there.
+    The file is progress.json while shards are missing, and manifest.json once all are there. If several machines write
+    to one folder, `node` is part of these names. If a recorded shard is missing, its record and all later ones are
+    dropped when the manifest is opened.
     """
 
     def __init__(self, folder, node: str = ""):
@@ -208,12 +258,12 @@ class Manifest:
         self.complete = bool(self.values) and path == self.finished and not self.missing
 
     def is_whole(self, shard: dict) -> bool:
-        """Whether a recorded shard is there and of the right size."""
+        """Return whether a recorded shard is there and has the right size."""
         path = self.folder / shard["name"]
         return path.is_file() and path.stat().st_size == shard["bytes"]
 
     def require(self, settings: dict) -> None:
-        """DataError where the folder was made with other settings, by this node or by another one."""
+        """Raise DataError if the folder was made with other settings, by this node or by another one."""
         for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
             try:
                 record = read_record(path)
@@ -222,41 +272,37 @@ class Manifest:
             for name, value in settings.items():
                 if record.get(name) != value and (name != "node_rank" or path in (self.progress, self.finished)):
                     raise DataError(f"{self.folder} was made with another {name}, {record.get(name)!r} not {value!r}: "
-                                    "choose another --out, or the settings of before")
+                                    "choose another --out, or use the earlier settings")
 
     def begin(self, values: dict) -> None:
-        """Record that shards are missing, before any is written."""
+        """Mark the folder as unfinished, before any shard is written."""
         self.values = values
         self._write()
         self.finished.unlink(missing_ok=True)
 
     def add(self, shard: dict) -> None:
-        """Record a shard that is there."""
+        """Add the record of a finished shard."""
         self.shards.append(shard)
         self._write()
 
     def finish(self) -> None:
-        """Record that all shards are there."""
+        """Mark the folder as finished."""
         self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens")}
         self._write()
         replace(self.progress, self.finished)
 
     def total(self, key: str) -> int:
-        """The sum of one number over the shards."""
+        """Sum one number over the shards."""
         return sum(shard[key] for shard in self.shards)
 
     def _write(self) -> None:
-        """progress.json, at any instant the old one or the new one."""
-        temporary = self.progress.with_name(self.progress.name + ".tmp")
-        with open_new(temporary) as file:
+        """Write progress.json."""
+        with atomic_write(self.progress) as file:
             file.write(json.dumps(self.values | {"shards": self.shards}, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, self.progress)
 
 
 def read_record(path: Path) -> dict:
-    """The contents of a manifest; DataError where it is damaged."""
+    """Read a manifest. Raises DataError if it is damaged."""
     check_inside(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -268,20 +314,20 @@ def read_record(path: Path) -> dict:
             if Path(shard["name"]).name != shard["name"] or len(shard.get("next", (0, 0, 0))) != 3:
                 raise ValueError(f"bad record {shard}")
         if not all(isinstance(value, kind) for value, kind in kinds):
-            raise TypeError("a value is of the wrong kind")
+            raise TypeError("a value is of the wrong type")
         return values
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
 
 
 def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
-    """(shards, tokens) of a folder, each shard's hash compared with the manifest; DataError names what differs.
+    """Compare the hash of each shard in a folder with its manifest. Returns (number of shards, number of tokens).
 
-    `progress` is called with the size of each shard done.
+    Calls progress(bytes) after each shard. Raises DataError, with the names, if shards are damaged, missing or foreign.
     """
     folder = Path(folder)
     if any(folder.glob("progress*.json")) or not any(folder.glob("manifest*.json")):
-        raise DataError(f"{folder} is not finished: give the command that makes it again")
+        raise DataError(f"{folder} is not finished: run the command that makes it again")
     records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
     shards = {shard["name"]: shard for record in records for shard in record["shards"]}
     nodes = {record["node_rank"] for record in records}
@@ -298,6 +344,6 @@ def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
             wrong.append(f"{name} is damaged")
         progress(shard["bytes"])
     if wrong:
-        raise DataError(f"{folder}: {', '.join(wrong)}: delete what is damaged or foreign, then give the command that "
+        raise DataError(f"{folder}: {', '.join(wrong)}: delete what is damaged or foreign, then run the command that "
                         "made the folder again")
     return len(shards), sum(shard["tokens"] for shard in shards.values())

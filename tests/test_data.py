@@ -9,14 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, needs, write_shards
+from conftest import ENCODING, ROOT, make_loader, needs, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plumbing import shards
 from plumbing.files import DataError
 from plumbing.tokenizer import gpt2_encoding
-from train_gpt2 import DataLoaderLite, UserError
 
 
 def plain_windows(folder, split, T) -> list[tuple]:
@@ -29,12 +28,12 @@ def plain_windows(folder, split, T) -> list[tuple]:
     return windows
 
 
-def take(loader, batches) -> list[tuple]:
-    """The windows of the next batches, as tuples."""
+def take(loader, batches, first=0) -> list[tuple]:
+    """The windows of `batches` micro-batches from the first-th on, as tuples."""
     rows = []
-    for _ in range(batches):
-        x, y = loader.next_batch()
-        assert x.dtype == y.dtype == torch.uint16 and x.shape == y.shape == (loader.B, loader.T)
+    for i in range(first, first + batches):
+        x, y = loader.batch(i)
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (loader.B, loader.T)
         rows += [(tuple(a), tuple(b)) for a, b in zip(x.tolist(), y.tolist())]
     return rows
 
@@ -46,50 +45,48 @@ def test_ranks_partition_the_single_process_order(lengths, B, T, world_size, see
     folder = write_shards(tmp_path_factory.mktemp("shards"), train=lengths, seed=seed)
     expected = plain_windows(folder, "train", T)
     if not expected:
-        with pytest.raises(UserError, match="shorter than one window"):
-            DataLoaderLite(folder, "train", B, T)
+        with pytest.raises(DataError, match="shorter than one window"):
+            make_loader(folder, "train", B, T)
         return
-    one = DataLoaderLite(folder, "train", 1, T, seed=seed, shuffle=shuffle)
+    one = make_loader(folder, "train", 1, T, seed=seed, shuffle=shuffle)
     assert one.n_windows == len(expected)
-    epochs = [take(one, one.n_windows) for _ in range(2)]
+    epochs = [take(one, one.n_windows, epoch * one.n_windows) for epoch in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(expected)  # each window once an epoch
     if not shuffle:
         assert epochs == [expected, expected]  # in file order
-    ranks = [DataLoaderLite(folder, "train", B, T, rank, world_size, seed, shuffle) for rank in range(world_size)]
-    merged = []
+    ranks = [make_loader(folder, "train", B, T, rank, world_size, seed=seed, shuffle=shuffle)
+             for rank in range(world_size)]
+    merged, i = [], 0
     while len(merged) < 2 * len(expected):
-        merged += [row for loader in ranks for row in take(loader, 1)]
-        assert len({loader.state_dict()["position"] for loader in ranks}) == 1  # ranks never drift apart
+        merged += [row for loader in ranks for row in take(loader, 1, i)]  # ranks never drift apart
+        i += 1
     single = epochs[0] + epochs[1]
     assert merged[:len(single)] == single
 
 
 def test_the_order_changes_with_epoch_and_seed(shard_folder):
-    orders = [tuple(take(DataLoaderLite(shard_folder, "train", 150, 16, seed=seed), 1)) for seed in (1, 1, 2)]
+    orders = [tuple(take(make_loader(shard_folder, "train", 150, 16, seed=seed), 1)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
-    loader = DataLoaderLite(shard_folder, "train", 149, 16)
+    loader = make_loader(shard_folder, "train", 149, 16)
     assert loader.n_windows == 93 + 56
-    assert take(loader, 1) != take(loader, 1)
+    assert take(loader, 1) != take(loader, 1, 1)
 
 
 def test_the_order_is_pinned(shard_folder):
     """What a checkpoint's position means may never change: these are the numbers of the first release."""
-    loader = DataLoaderLite(shard_folder, "train", 1, 16, seed=1337)
+    loader = make_loader(shard_folder, "train", 1, 16, seed=1337)
     windows = plain_windows(shard_folder, "train", 16)
     assert take(loader, 5) == [windows[i] for i in (84, 136, 31, 18, 106)]
 
 
-def test_position_is_all_there_is_to_save(shard_folder):
-    loader = DataLoaderLite(shard_folder, "train", 4, 16)
-    take(loader, 50)  # beyond the first epoch
-    state = loader.state_dict()
-    expected = take(loader, 3)
-    other = DataLoaderLite(shard_folder, "train", 4, 16)
-    other.load_state_dict(state)
-    assert take(other, 3) == expected
-    other.reset()
-    assert take(other, 1) == take(DataLoaderLite(shard_folder, "train", 4, 16), 1)
+def test_a_batch_depends_on_its_number_alone(shard_folder):
+    """In any order, again, from another loader, beyond the first epoch."""
+    loader, other = (make_loader(shard_folder, "train", 4, 16) for _ in range(2))
+    expected = [take(loader, 1, i) for i in range(60)]
+    for i in (59, 3, 50, 3, 0, 38, 37):
+        assert take(loader, 1, i) == take(other, 1, i) == expected[i]
+    assert set(vars(other)) == set(vars(loader))
 
 
 def write_bin(path, tokens, magic=20240520, version=1, count=None):
@@ -110,7 +107,7 @@ def test_three_formats_hold_the_same_tokens(tmp_path):
             write_bin(folder / "fineweb_train_000001.bin", tokens)
         else:
             tokens.tofile(folder / "train.bin")
-        batches.append(take(DataLoaderLite(folder, "train", 3, 16), 9))
+        batches.append(take(make_loader(folder, "train", 3, 16), 9))
     assert batches[0] == batches[1] == batches[2]
 
 
@@ -118,7 +115,7 @@ def test_three_formats_hold_the_same_tokens(tmp_path):
 def test_a_text_file_is_split_nine_to_one():
     tokens = gpt2_encoding().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8"))
     n_val = len(tokens) // 10
-    train, val = (DataLoaderLite(ROOT / "input.txt", split, 1, 64, shuffle=False) for split in ("train", "val"))
+    train, val = (make_loader(ROOT / "input.txt", split, 1, 64, shuffle=False) for split in ("train", "val"))
     assert take(train, 1)[0] == (tuple(tokens[:64]), tuple(tokens[1:65]))
     assert take(val, 1)[0] == (tuple(tokens[-n_val:][:64]), tuple(tokens[-n_val:][1:65]))
     assert (train.n_windows, val.n_windows) == ((len(tokens) - n_val - 1) // 64, (n_val - 1) // 64)
@@ -132,7 +129,7 @@ def test_opening_ten_billion_tokens_takes_no_time_and_no_memory(tmp_path):
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + 200_000_000)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    loader = DataLoaderLite(tmp_path, "train", 4, 1024)
+    loader = make_loader(tmp_path, "train", 4, 1024)
     assert time.perf_counter() - start < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
     assert loader.n_windows == 99 * (99_999_999 // 1024)
@@ -172,41 +169,42 @@ def spoil(folder, how):
                                  "version", "count", "header", "odd", "header cut", "both names"])
 def test_a_bad_shard_is_refused_by_name(shard_folder, how):
     (shard_folder / "._x_train.npy").write_bytes(b"what macOS leaves on other people's disks")
-    assert DataLoaderLite(shard_folder, "train", 1, 16).n_windows == 149
+    assert make_loader(shard_folder, "train", 1, 16).n_windows == 149
     spoil(shard_folder, how)
     with pytest.raises(DataError, match=r"shard \S*train\S*"):
-        DataLoaderLite(shard_folder, "train", 1, 16)
+        make_loader(shard_folder, "train", 1, 16)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
-    folder = write_shards(tmp_path / "data", train=(40_000,))
+    folder = write_shards(tmp_path / "data", train=(2**20 + 1,))
     path = folder / "edufineweb_train_000001.npy"
     tokens = np.load(path)
     tokens[9_990] = 50257  # outside the sample that is read at the start
     np.save(path, tokens)
-    loader = DataLoaderLite(folder, "train", 1, 100, shuffle=False)
+    loader = make_loader(folder, "train", 1, 100, shuffle=False)
     take(loader, 99)
-    with pytest.raises(UserError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
-        loader.next_batch()
+    with pytest.raises(DataError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
+        loader.batch(99)
     tokens[0] = 50257
     np.save(path, tokens)
-    with pytest.raises(UserError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
-        DataLoaderLite(folder, "train", 1, 100)
+    with pytest.raises(DataError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
+        make_loader(folder, "train", 1, 100)
 
 
 @pytest.mark.parametrize("world_size, shuffle", [(1, True), (2, True), (3, False)])
 def test_the_windows_announced_are_those_of_the_next_step(world_size, shuffle, shard_folder, monkeypatch):
     """Over two epochs, for each rank; and announcing them changes no token."""
     announced = []
-    monkeypatch.setattr(shards, "announce", lambda tokens, start, stop: announced.append(tuple(tokens[start:stop])))
+    monkeypatch.setattr(shards, "read_ahead", lambda tokens, start, stop: announced.append(tuple(tokens[start:stop])))
     for rank in range(world_size):
-        loader, silent = (DataLoaderLite(shard_folder, "train", 4, 16, rank, world_size, 5, shuffle) for _ in range(2))
-        for _ in range(25):
+        loader, silent = (make_loader(shard_folder, "train", 4, 16, rank, world_size, seed=5, shuffle=shuffle)
+                          for _ in range(2))
+        for first in range(0, 75, 3):
             announced.clear()
-            loader.announce(3)
-            read = take(loader, 3)
+            loader.prefetch(first, 3)
+            read = take(loader, 3, first)
             assert announced == [(*x, y[-1]) for x, y in read]
-            assert read == take(silent, 3)
+            assert read == take(silent, 3, first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux's mincore and posix_fadvise")
@@ -234,7 +232,7 @@ def test_an_announced_window_comes_into_memory_before_it_is_read(suffix, tmp_pat
 
     if any(resident()):
         pytest.skip("the file system of the temporary folder keeps all of it in memory")
-    shards.announce(mapped, start, stop)
+    shards.read_ahead(mapped, start, stop)
     end = time.monotonic() + 30
     while not all(resident()):
         assert time.monotonic() < end, "it has not been read within 30 s"

@@ -21,13 +21,20 @@ def error_of(arguments, cwd=None, **environment) -> str:
 
 @pytest.mark.parametrize("arguments, message", [
     (["--max_step", "3"], "unrecognized arguments: --max_step"),
+    (["--recipe", "fast"], "--recipe is now --preset"),
+    (["--recipe=fast"], "--recipe is now --preset"),
+    (["--preset", "slow"], "--preset: invalid choice: 'slow' (choose from"),
+    (["--logger", "file"], "--logger is 'file', it must be tensorboard, wandb or trackio"),
+    (["--decay", "sudden"], "--decay is 'sudden', it must be cosine or linear"),
+    (["--max_steps", "99", "--warmup_steps", "19", "--decay_steps", "81"], "at most max_steps - warmup_steps, 80"),
+    (["--branch_from", "missing.pt"], "no checkpoint missing.pt"),
     (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
     (["--max_steps"], "--max_steps: expected one argument"),
     (["--max_steps", "-1"], "--max_steps is -1, it must be a number from 0"),
     (["--max_lr", "nan"], "--max_lr is nan, it must be a number from 0"),
     (["--max_lr", "inf"], "--max_lr is inf"),
-    (["--hellaswag_every", "0", "--hellaswag_data", "x.jsonl"], "--hellaswag_every is 0, it must be more than 0, for"),
-    (["--hellaswag_every", "0", "--hellaswag_limit", "9"], "--hellaswag_every is 0, it must be more than 0, for"),
+    (["--hellaswag_every", "0", "--hellaswag_data", "x.jsonl"], "--hellaswag_every is 0, it must be more than 0"),
+    (["--hellaswag_every", "0", "--hellaswag_limit", "9"], "--hellaswag_every is 0, it must be more than 0 to use"),
     (["--min_lr", "1"], "--min_lr is 1.0, it must be at most max_lr"),
     (["--total_batch_size", "0"], "--total_batch_size is 0, it must be a number from 1"),
     (["--keep_checkpoints", "0"], "--keep_checkpoints is 0, it must be a number from 1"),
@@ -82,7 +89,8 @@ def test_data_that_cannot_be_used(how, message, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_embd": 32}, "has --n_embd 16, not 32"), ({"max_steps": 9}, "has --max_steps 6, not 9"),
+    ({"n_embd": 32}, "has --n_embd 16, not 32"),
+    ({"max_steps": 9}, "has --max_steps 6, not 9: to train on under another schedule, use --branch_from"),
     ({"seed": 7}, "has --seed 1337, not 7"), ({"dtype": "bfloat16"}, "has --dtype float32, not bfloat16"),
     ({"shuffle": False}, "has --shuffle True, not False"),
 ])

@@ -16,10 +16,10 @@ from test_hellaswag import OURS, lm_eval_samples
 from test_model import random_gpt2
 
 import export_hf
-from plumbing import checkpoint
+from plumbing import checkpoint, transformers_format
 from plumbing.cli import UserError
 from plumbing.tokenizer import gpt2_encoding
-from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig
 
 pytestmark = needs(*ENCODING)
 
@@ -33,7 +33,7 @@ def save(folder, model, step=3):
     """A checkpoint of `model` alone, as training would write it."""
     folder.mkdir(exist_ok=True)
     return checkpoint.save(folder, step, {"model": model.state_dict(), "model_config": vars(model.config), "step": step,
-                                          "optimizer": {}, "train_config": {}, "position": 0, "val_loss": 1.5})
+                                          "optimizers": [], "train_config": {}, "val_loss": 1.5})
 
 
 def random_gpt(**shape) -> GPT:
@@ -47,7 +47,8 @@ def random_gpt(**shape) -> GPT:
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_there_and_back_in_the_same_bits(name, tmp_path):
-    ours = random_gpt(**{**MODELS[name], "n_embd": 2 * MODELS[name]["n_head"]}, block_size=24)
+    shape = GPTConfig(**MODELS[name])
+    ours = random_gpt(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=2 * shape.n_head, block_size=24)
     save(tmp_path / "log", ours)
     result = run([tmp_path / "log", tmp_path / "out"], script=SCRIPT)
     assert result.returncode == 0, result.stderr
@@ -62,10 +63,10 @@ def test_there_and_back_in_the_same_bits(name, tmp_path):
     assert theirs.lm_head.weight.data_ptr() == theirs.transformer.wte.weight.data_ptr()
     idx = torch.randint(0, 50257, (2, 24))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :50257], atol=1e-4, rtol=0)
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[..., :50257], atol=1e-4, rtol=0)
 
     theirs.save_pretrained(tmp_path / "theirs")  # and from transformers' own files back to ours
-    back = load_model(tmp_path / "theirs").state_dict()
+    back = GPT.load(tmp_path / "theirs").state_dict()
     assert all(torch.equal(back[key], state[key][:50257] if "wte" in key or "lm_head" in key else state[key])
                for key in state)
 
@@ -97,7 +98,7 @@ print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.model_m
 def test_another_model_than_the_checkpoint_is_refused_and_deleted(tmp_path, monkeypatch):
     """A square matrix that is not transposed fits everywhere: only the logits show it."""
     save(tmp_path / "log", random_gpt(n_layer=1, n_head=2, n_embd=16, block_size=16))
-    monkeypatch.setattr(checkpoint, "CONV1D", ("c_attn.weight", "c_fc.weight", "mlp.c_proj.weight"))
+    monkeypatch.setattr(transformers_format, "CONV1D", ("c_attn.weight", "c_fc.weight", "mlp.c_proj.weight"))
     with pytest.raises(UserError, match=r"other logits, by up to \d.*, and was deleted"):
         export_hf.main([str(tmp_path / "log"), str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
@@ -125,7 +126,7 @@ def test_without_transformers_it_reads_what_it_wrote_itself(tmp_path):
     result = run([tmp_path / "log", tmp_path / "out"], script=script)
     difference = re.search(r"logit (\S+) \(loaded again by train_gpt2.py itself", result.stdout)
     assert float(difference[1]) < 1e-15, result.stderr  # a product may differ in its last bit by where its rows lie
-    again = load_model(tmp_path / "out").state_dict()
+    again = GPT.load(tmp_path / "out").state_dict()
     assert all(torch.equal(weight[:len(again[name])], again[name]) for name, weight in model.state_dict().items())
 
 
@@ -148,7 +149,7 @@ def test_the_model_card_is_the_run_s(trained, tmp_path):
     assert f"torch {torch.__version__}" in card and "`python train_gpt2.py --n_layer 2" in card
     assert "Not measured: HellaSwag, any other benchmark" in card
     assert "No reference exists for the loss on this data" in card
-    model = load_model(tmp_path / "last")
+    model = GPT.load(tmp_path / "last")
     assert len({path.stat().st_mode for path in (tmp_path / "last").iterdir()}) == 1
     assert f"{model.count_parameters():,} parameters" in card
 
@@ -187,7 +188,7 @@ def test_what_is_there_already_stays(there, trained, tmp_path):
             kept = out / "mine.txt"
         kept.write_text("mine")
     result = run([trained, out], script=SCRIPT)
-    assert result.returncode == 2 and "is there already: name a new folder" in result.stderr
+    assert result.returncode == 2 and "exists already: name a new folder" in result.stderr
     assert there == "link" or kept.read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -237,7 +238,7 @@ def test_folders_in_parts_are_read(tmp_path):
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "parts" / "model.safetensors").exists()
-    one, parts = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "parts").state_dict()
+    one, parts = GPT.load(tmp_path / "one").state_dict(), GPT.load(tmp_path / "parts").state_dict()
     assert all(torch.equal(one[key], parts[key]) for key in one)
 
 
@@ -267,7 +268,7 @@ def test_a_configuration_that_lies_is_refused_before_it_is_built(changes, tmp_pa
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     started = time.perf_counter()
     with pytest.raises((UserError, OSError)):
-        load_model(tmp_path / "model")
+        GPT.load(tmp_path / "model")
     assert time.perf_counter() - started < 5
 
 

@@ -20,6 +20,7 @@ from conftest import ENCODING, ROOT, flags, needs, run
 from hub import COMMIT, hub
 
 import fineweb
+from plumbing import encode, texts
 from plumbing.cli import UserError
 from plumbing.tokenizer import EOT, gpt2_encoding
 
@@ -83,6 +84,12 @@ def prepare(*arguments, **flags):
     fineweb.main([*arguments, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
 
 
+def set_piece_bytes(size: int, monkeypatch):
+    """Read pieces of this size, and give them a buffer that some are too large for."""
+    for module in (texts, fineweb):
+        monkeypatch.setattr(module, "PIECE_BYTES", size)
+
+
 def command(**flags) -> list[str]:
     """The real command."""
     return [sys.executable, str(SCRIPT), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
@@ -125,14 +132,14 @@ def test_json_lines_with_bom_blank_lines_bad_utf8_and_no_last_newline(tmp_path):
 
 def test_tokenize_documents_is_the_plain_loop():
     texts = ODD + documents(50)
-    assert np.array_equal(fineweb.tokenize_documents(texts), plain(texts))
-    assert fineweb.tokenize_documents([]).size == 0
+    assert np.array_equal(encode.tokenize_documents(texts), plain(texts))
+    assert encode.tokenize_documents([]).size == 0
 
 
 def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr(fineweb, "CACHE_BYTES", 0)
-    monkeypatch.setattr(fineweb, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(encode, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(encode, "CACHE_BYTES", 0)
+    set_piece_bytes(10_000, monkeypatch)
     texts = documents(300)
     prepare(source=write_parquet(tmp_path / "a.parquet", texts), out=tmp_path / "out", shard_size=50_000)
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
@@ -140,7 +147,7 @@ def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("write, name", [(write_parquet, "a.parquet"), (write_jsonl, "a.jsonl")])
 def test_nulls_and_empty_texts_anywhere_in_a_piece(write, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "PIECE_BYTES", 400)
+    set_piece_bytes(400, monkeypatch)
     rng = random.Random(1)
     texts = [text[:rng.choice([0, 9, 90])] if rng.random() < 0.97 else None for text in documents(600)]
     source = write(tmp_path / name, texts)
@@ -156,8 +163,8 @@ def test_nulls_and_empty_texts_anywhere_in_a_piece(write, name, tmp_path, monkey
 def test_a_slice_beside_a_null_is_tokenized():
     column = pa.array([None, *(b"d %d" % i for i in range(199))], pa.large_binary())
     for start in (1, 50, 150):  # a slice may keep its parent's bitmap, for which gigatoken panics
-        texts = fineweb.as_strings(column[start:].drop_null())
-        tokens = fineweb.join(*fineweb.Gigatoken()(texts), np.empty(0, np.uint16))[1]
+        strings = texts.as_strings(column[start:].drop_null())
+        tokens = encode.join_documents(*encode.Gigatoken()(strings), np.empty(0, np.uint16))[1]
         assert np.array_equal(tokens, plain(f"d {i - 1}" for i in range(start, 200)))
 
 
@@ -382,7 +389,7 @@ def test_ctrl_c_ends_it_while_it_waits_for_the_network(dataset, tmp_path):
 
 def test_two_of_them_do_not_write_to_one_folder(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(5))
-    with fineweb.hold(fineweb.FineWebConfig(out=str(tmp_path / "out"))):
+    with fineweb.output_folder(fineweb.FineWebConfig(out=str(tmp_path / "out"))):
         result = run([*command(source=source, out=tmp_path / "out")[2:]], script=SCRIPT)
     assert result.returncode == 2 and "another fineweb.py is writing" in result.stderr
 
@@ -392,14 +399,20 @@ def test_two_of_them_do_not_write_to_one_folder(tmp_path):
     (dict(text_column="id"), "column 'id' holds int64, not text"),
     (dict(source="nothing/here.parquet"), "no .parquet, .jsonl"),
     (dict(source="*.nothing"), "no .parquet, .jsonl"),
-    (dict(shard_size=0), "--shard_size must be from 1"),
-    (dict(node_rank=2, num_nodes=2), "--node_rank 2 must be from 0"),
-    (dict(num_nodes=2), "--num_nodes 2 is more than there are files, 1"),
-    (dict(tokenizer="word2vec"), "--tokenizer must be gigatoken or tiktoken"),
-    (dict(source=""), "--source and --out must not be empty"),
-    (dict(max_tokens=1, num_nodes=2), "leaves nothing for some"),
-    (dict(shard_size=2**40), "--shard_size must be from 1"),
+    (dict(shard_size=0), "--shard_size is 0, it must be a number from 1 to"),
+    (dict(node_rank=2, num_nodes=2), "--node_rank is 2, it must be less than --num_nodes, 2"),
+    (dict(num_nodes=2), "--num_nodes is 2, it must be at most the number of files, 1"),
+    (dict(tokenizer="word2vec"), "--tokenizer is 'word2vec', it must be gigatoken or tiktoken"),
+    (dict(source=""), "--source is '', it must be a name or a path"),
+    (dict(max_tokens=1, num_nodes=2), "--max_tokens is 1, it must be 0 or at least --num_nodes, 2"),
+    (dict(shard_size=2**40), "--shard_size is 1099511627776, it must be a number from 1 to 1099511627775"),
     (dict(source="some/typo"), "cannot list some/typo on the Hugging Face hub"),
+    (dict(max_tokens=-1), "--max_tokens is -1, it must be a number from 0"),
+    (dict(node_rank=-1), "--node_rank is -1, it must be a number from 0"),
+    (dict(retries=-1), "--retries is -1, it must be a number from 0"),
+    (dict(text_column=""), "--text_column is '', it must be a name or a path"),
+    (dict(download="some/ready/folder"), "--download is 'some/ready/folder', it must be OWNER/NAME or OWNER/NAME@REV"),
+    (dict(download="some/ready", num_nodes=2), "--num_nodes is 2, it must be 1 with --download"),
     (dict(bogus=1), "unrecognized arguments: --bogus 1"),
 ])
 def test_wrong_flags_end_in_one_line_and_leave_nothing(wrong, message, tmp_path):

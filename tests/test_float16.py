@@ -17,16 +17,16 @@ EACH = {"dtype": "float16", "checkpoint_every": 1, "keep_checkpoints": 99}
 @pytest.fixture
 def poison(monkeypatch):
     """Call it with numbers of steps, counted from 1 in each process, whose gradient shall not be finite."""
-    original, state = train_gpt2.batch_loss, {"calls": 0, "steps": set()}
+    original, state = train_gpt2.GPT.forward, {"calls": 0, "steps": set()}
 
-    def poisoned(model, x, y, autocast):
-        loss = original(model, x, y, autocast)
-        if not loss.requires_grad:
+    def poisoned(self, idx, targets=None, cache=None):
+        loss = original(self, idx, targets, cache)
+        if targets is None or not loss.requires_grad:
             return loss
         state["calls"] += 1  # of which a step has two
         return PoisonedLoss.apply(loss) if (state["calls"] + 1) // 2 in state["steps"] else loss
 
-    monkeypatch.setattr(train_gpt2, "batch_loss", poisoned)
+    monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
     return lambda steps: state.update(calls=0, steps=set(steps))
 
 
@@ -83,8 +83,8 @@ def test_an_overflow_of_the_forward_pass_is_no_overflow_that_a_scale_mends(shard
 
 
 def test_a_bad_loss_with_a_good_gradient_is_no_overflow(shard_folder, tmp_path, monkeypatch):
-    original = train_gpt2.batch_loss
-    monkeypatch.setattr(train_gpt2, "batch_loss", lambda *arguments: (
+    original = train_gpt2.GPT.forward
+    monkeypatch.setattr(train_gpt2.GPT, "forward", lambda *arguments: (
         (loss := original(*arguments)) + (math.nan - loss).detach()))
     with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 5 "):
         train_in_process(tmp_path, data=shard_folder, dtype="float16", max_steps=50)
@@ -128,7 +128,7 @@ def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypa
         if name == "resumed":
             (out / "model_000006.pt").unlink()
         with monkeypatch.context() as patched:
-            patched.setattr(train_gpt2.runlog, "print_plan", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+            patched.setattr(train_gpt2.RunLog, "print_summary", lambda *arguments: signal.raise_signal(signal.SIGTERM))
             train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
         assert f"stopped after step {0 if name == 'fresh' else 4} of 6" in capsys.readouterr().out
         train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))

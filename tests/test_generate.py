@@ -1,4 +1,5 @@
 """generate.py against transformers' generate and its own filters, and as a person uses it: streams, pipes, prompts."""
+import functools
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from test_model import random_gpt2
 import generate as generate_command
 from generate import GenerateConfig, continuations
 from plumbing.cli import UserError
-from plumbing.sampling import generate, sample_text, stream_tokens
+from plumbing.ranks import World
+from plumbing.sampling import choose_token, generate, sample_text, stream_tokens
 from plumbing.tokenizer import EOT, gpt2_encoding
 from train_gpt2 import GPT, GPTConfig
 
@@ -86,9 +88,10 @@ def test_draws_have_the_probabilities_of_transformers_filters(temperature, top_k
     filters = LogitsProcessorList([TemperatureLogitsWarper(float(temperature)),
                                    *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)])
     with torch.no_grad():
-        expected = filters(idx, model(idx)[0][:, -1]).softmax(dim=-1)[0]  # (V,)
+        expected = filters(idx, model(idx)[:, -1]).softmax(dim=-1)[0]  # (V,)
     generator = torch.Generator().manual_seed(0)
-    drawn = next(stream_tokens(model, idx, 1, temperature, top_k, generator, top_p, n))  # (n, 1)
+    choose = functools.partial(choose_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    drawn = next(stream_tokens(model, idx, 1, choose, n))  # (n, 1)
     counts = drawn.flatten().bincount(minlength=40)
     assert not counts[expected == 0].any()
     assert (counts > 0).sum() > 3
@@ -114,7 +117,8 @@ def test_the_widest_draw_leaves_no_token_out(monkeypatch):
         model.transformer.wte.weight.mul_(50)
         original = torch.multinomial
         monkeypatch.setattr(torch, "multinomial", lambda p, *args, **kw: seen.append(p) or original(p, *args, **kw))
-        next(stream_tokens(model, torch.zeros(1, 1).long(), 1, top_k=None))
+        choose = functools.partial(choose_token, top_k=None)
+        next(stream_tokens(model, torch.zeros(1, 1).long(), 1, choose))
     assert (seen[0] > 0).all()
 
 
@@ -124,9 +128,10 @@ def test_a_prompt_is_read_once_for_all_its_samples():
     idx = torch.randint(0, 60, (2, 9))
     plain = generate(model, idx, 12, temperature=0)
     handle = model.transformer.wte.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
-    result = generate(model, idx, 12, temperature=0, num_samples=3)
+    choose = functools.partial(choose_token, temperature=0)
+    result = torch.cat(list(stream_tokens(model, idx, 12, choose, num_samples=3)), dim=1)
     handle.remove()
-    assert torch.equal(result, plain.repeat_interleave(3, dim=0))
+    assert torch.equal(result, plain[:, 9:].repeat_interleave(3, dim=0))
     assert read == [2 * 9] + [2 * 3] * 11  # and the last token is not read
 
 
@@ -251,19 +256,19 @@ def test_a_reader_that_leaves_ends_it_quietly(folder):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--num_samples", "0"], "--num_samples is 0, it must be from 1"),
-    (["--max_new_tokens", "0"], "--max_new_tokens is 0, it must be from 1"),
-    (["--temperature", "-1"], "--temperature is -1.0, it must be 0 or more"),
-    (["--temperature", "nan"], "--temperature is nan, it must be 0 or more"),
-    (["--top_k", "-5"], "--top_k is -5, it must be 0 or more"),
-    (["--top_p", "0"], "--top_p is 0.0, it must be more than 0"),
-    (["--top_p", "1.5"], "--top_p is 1.5, it must be more than 0 and at most 1"),
-    (["--seed", "-1"], "--seed is -1, it must be 0 or more"),
+    (["--num_samples", "0"], "--num_samples is 0, it must be a number from 1 to 10000"),
+    (["--max_new_tokens", "0"], "--max_new_tokens is 0, it must be a number from 1 to 1000000"),
+    (["--temperature", "-1"], "--temperature is -1.0, it must be a number from 0 to"),
+    (["--temperature", "nan"], "--temperature is nan, it must be a number from 0 to"),
+    (["--top_k", "-5"], "--top_k is -5, it must be a number from 0 to"),
+    (["--top_p", "0"], "--top_p is 0.0, it must be more than 0 and at most 1"),
+    (["--top_p", "1.5"], "--top_p is 1.5, it must be a number from 0 to 1"),
+    (["--seed", "-1"], "--seed is -1, it must be a number from 0 to"),
     (["--interactive", "--prompt", "x"], "--interactive asks for prompts: leave --prompt out"),
     (["--dtype", "int8"], "--dtype is 'int8', it must be auto, float32, bfloat16 or float16"),
     (["--model", "gpt3"], "no model 'gpt3': name a folder, a .pt file or one of gpt2, gpt2-medium"),
     (["--model", "."], "holds neither a whole checkpoint nor a transformers model"),
-    (["--prompt", "x" * 100_000 + " " * 100_001], "the prompt has 200,001 characters: take its end"),
+    (["--prompt", "x" * 100_000 + " " * 100_001], "the prompt has 200,001 characters: shorten it to its end"),
 ])
 def test_wrong_flags_and_values(arguments, message, folder, tmp_path):
     arguments = arguments if "--model" in arguments else ["--model", str(folder[0]), *arguments]
@@ -298,7 +303,7 @@ def test_logits_that_are_not_finite_are_told_in_training_and_in_the_stream():
     model, idx = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=8)), torch.zeros(1, 2).long()
     for bad in (float("nan"), float("inf")):
         torch.nn.init.constant_(model.transformer.ln_f.bias, bad)
-        with pytest.raises(UserError, match="the logits are not finite: take --dtype float32"):
-            next(stream_tokens(model, idx, 1))
-        sample = sample_text(model, "Once", torch.autocast("cpu", enabled=False), torch.device("cpu"))
+        with pytest.raises(UserError, match="the logits are not finite: use --dtype float32"):
+            next(stream_tokens(model, idx, 1, choose_token))
+        sample = sample_text(model, "Once", World())
         assert sample.startswith("(no sample: the logits are not finite")

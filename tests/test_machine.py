@@ -9,8 +9,10 @@ from conftest import ENCODING, ROOT, flags, needs, read_log, run
 
 import train_gpt2
 from plumbing import machine
-from plumbing.sampling import stream_tokens
-from train_gpt2 import GPT, GPTConfig, TrainConfig, UserError
+from plumbing.cli import UserError
+from plumbing.ranks import World
+from plumbing.sampling import choose_token, stream_tokens
+from train_gpt2 import GPT, GPTConfig
 
 GiB = 2**30
 GPU = torch.device("cuda:0")
@@ -58,7 +60,7 @@ def test_a_driver_that_is_too_old_is_told_in_one_line_and_the_cpu_can_be_named(s
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: cuda:0 is there, but PyTorch") and "is too old (found version 12020)" in line
-    assert "update the NVIDIA driver" in line and "take --device cpu" in line
+    assert "update the NVIDIA driver" in line and "use --device cpu" in line
     assert run(flags(data=shard_folder, out_dir=tmp_path / "out", device="cpu"), **real).returncode == 0
 
 
@@ -150,7 +152,7 @@ def test_compiling_follows_the_user_then_the_run_so_far_then_its_length(monkeypa
         raise FileNotFoundError("g++")
 
     monkeypatch.setattr(torch, "compile", missing)
-    with pytest.raises(OSError, match=r"no working compiler .* or take --no-compile"):
+    with pytest.raises(OSError, match=r"no working compiler .* or use --no-compile"):
         machine.pick_compile(True, None, cpu, 9999)
     for before in (None, True):  # what was stored is no wish of the user's
         assert machine.pick_compile(None, before, cpu, 9999) == (False, "no working compiler (FileNotFoundError)")
@@ -211,21 +213,18 @@ def test_only_memory_that_ran_out_makes_the_micro_batch_smaller(monkeypatch):
 def test_memory_for_adamw_and_for_ddp_s_buckets_is_counted(monkeypatch):
     model, asked = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)), []
     monkeypatch.setattr(machine, "count_fitting_windows", lambda run, device, other: asked.append(other) or 5)
-    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: value)
-    config = TrainConfig(sequence_length=8, total_batch_size=128)
-    for world_size, B in ((1, 4), (2, 4)):
-        assert train_gpt2.pick_micro_batch_size(model, config, GPU, None, world_size) == B
+    monkeypatch.setattr(World, "min", lambda self, value: value)
+    for world_size, windows, B in ((1, 16, 4), (2, 8, 4)):
+        assert machine.pick_micro_batch_size(model, 8, windows, World(0, world_size, GPU)) == B
     assert asked == [8 * model.count_parameters(), 12 * model.count_parameters()]
-    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: 0)  # of another rank
+    monkeypatch.setattr(World, "min", lambda self, value: 0)  # of another rank
     with pytest.raises(UserError, match="not one window of 8 tokens fits on cuda:0"):
-        train_gpt2.pick_micro_batch_size(model, config, GPU, None, 2)
+        machine.pick_micro_batch_size(model, 8, 8, World(0, 2, GPU))
 
 
 def test_b_is_the_largest_divisor_that_fits_a_cpu():
-    cpu = torch.device("cpu")
     for total, T, expected in ((524288, 1024, 2), (512, 128, 4), (96 * 64, 64, 32), (90 * 64, 64, 30), (4096, 4096, 1)):
-        config = TrainConfig(total_batch_size=total, sequence_length=T)
-        assert train_gpt2.pick_micro_batch_size(None, config, cpu, None, 1) == expected
+        assert machine.pick_micro_batch_size(None, T, total // T, World()) == expected
 
 
 def test_memory_that_runs_out_is_recognised_in_the_words_of_every_library():
@@ -245,6 +244,7 @@ def test_memory_that_runs_out_is_recognised_in_the_words_of_every_library():
 
 
 def test_the_peak_is_the_table_s_or_measured_on_random_numbers(card, monkeypatch):
+    machine.peak_flops.cache_clear()
     card()
     assert machine.peak_flops(GPU, torch.bfloat16) == 989e12 and machine.peak_flops(GPU, torch.float32) == 989e12 / 2
     card(capability=(7, 5), name="Tesla T4")
@@ -282,7 +282,7 @@ def test_attention_of_cudnn_is_off_while_a_token_is_made_and_not_between_tokens(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
     model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
-    for _ in stream_tokens(model, torch.zeros(1, 3, dtype=torch.int64), 12):  # past the block, too
+    for _ in stream_tokens(model, torch.zeros(1, 3, dtype=torch.int64), 12, choose_token):  # past the block, too
         assert torch.backends.cuda.cudnn_sdp_enabled(), "the switch outlasts a step of the generator"
     assert passes == [False] * 12
 
@@ -323,8 +323,8 @@ def test_nothing_of_a_checkpoint_s_file_is_held_once_a_run_goes_on(optimizer, sh
     changes = {"data": shard_folder, "out_dir": out, "optimizer": optimizer}
     train_gpt2.main(train_gpt2.parse_args(flags(**changes)))
     (out / "model_000006.pt").unlink()
-    log = train_gpt2.runlog.RunLog.train
-    monkeypatch.setattr(train_gpt2.runlog.RunLog, "train", lambda self, *arguments, **options: (
+    log = train_gpt2.RunLog.train
+    monkeypatch.setattr(train_gpt2.RunLog, "train", lambda self, *arguments, **options: (
         held.extend(line for line in open("/proc/self/maps") if str(out) in line), log(self, *arguments, **options)))
     train_gpt2.main(train_gpt2.parse_args(flags(**changes)))
     assert len(read_log(out, "train")) == 6 and held == []

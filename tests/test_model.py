@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from plumbing.sampling import generate
-from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig, load_model
+from plumbing import machine
+from plumbing.sampling import generate, new_cache
+from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,15 +32,17 @@ def random_gpt2(folder, std=0.2, **shape):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_logits_equal_transformers(name, tmp_path):
-    shape = {**MODELS[name], "n_embd": 4 * MODELS[name]["n_head"], "vocab_size": 301, "n_positions": 40}
+    config = GPTConfig(**MODELS[name])
+    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": 4 * config.n_head}
+    shape |= {"vocab_size": 301, "n_positions": 40}
     theirs = random_gpt2(tmp_path, **shape)
     ours = GPT.from_pretrained(tmp_path).eval()
     idx = torch.randint(0, 301, (2, 40))
     with torch.no_grad():
-        expected, logits = theirs(idx).logits, ours(idx)[0]
+        expected, logits = theirs(idx).logits, ours(idx)
     assert expected.std() > 0.1  # a model that says nothing would agree with anything
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    loss = ours(idx, idx)[1]
+    loss = ours(idx, idx)
     torch.testing.assert_close(loss, F.cross_entropy(expected.view(-1, 301), idx.view(-1)), atol=1e-4, rtol=0)
 
 
@@ -49,7 +52,7 @@ def test_logits_equal_transformers_at_124m(tmp_path):
     ours = GPT.from_pretrained(tmp_path).eval()
     idx = torch.randint(0, 50257, (1, 1024))
     with torch.no_grad():
-        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
 
 
 def test_reads_openai_s_files(tmp_path):
@@ -61,7 +64,7 @@ def test_reads_openai_s_files(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     idx = torch.randint(0, 53, (1, 16))
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path).eval()(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(GPT.load(tmp_path)(idx), theirs(idx).logits, atol=1e-4, rtol=0)
 
 
 def test_parameter_count_and_keys():
@@ -70,7 +73,7 @@ def test_parameter_count_and_keys():
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     assert model.count_parameters() == 124_439_808
     assert set(model.state_dict()) == set(theirs.state_dict())
-    assert model.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert machine.flops_per_token(model, 1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize("name, millions", [("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)])
@@ -86,7 +89,7 @@ def test_first_loss_is_that_of_a_uniform_guess(n_embd):
     model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=n_embd))
     idx = torch.randint(0, 50257, (4, 129))
     with torch.no_grad():
-        loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+        loss = model(idx[:, :-1], idx[:, 1:]).item()
     assert loss == pytest.approx(math.log(50257) + n_embd * 0.02**2 / 2, abs=0.03)
     assert n_embd > 64 or abs(loss - math.log(50257)) < 0.1
 
@@ -111,16 +114,16 @@ def test_causality():
     idx = torch.randint(0, 211, (1, 24))
     changed = idx.clone()
     changed[0, 10:] = (changed[0, 10:] + 1) % 211
-    before, after = model(idx)[0], model(changed)[0]
+    before, after = model(idx), model(changed)
     assert torch.equal(before[:, :10], after[:, :10])
     assert not torch.allclose(before[:, 10], after[:, 10])
 
 
-def test_training_mode_saves_the_logits_and_keeps_the_loss():
+def test_the_mode_of_the_module_changes_nothing():
     model, idx = GPT(SMALL), torch.randint(0, 211, (2, 24))
-    logits, loss = model(idx, idx)
-    assert logits is None
-    assert torch.equal(model.eval()(idx, idx)[1], loss)
+    logits, loss = model(idx), model(idx, idx)
+    assert logits.shape == (2, 24, 211) and loss.shape == ()
+    assert torch.equal(model.eval()(idx), logits) and torch.equal(model(idx, idx), loss)
 
 
 @pytest.mark.parametrize("cuts", [(24,), (1,) * 24, (7, 1, 9, 7)])
@@ -129,10 +132,10 @@ def test_cached_logits_equal_uncached(cuts):
     model = GPT(SMALL).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    idx, cache = torch.randint(0, 211, (3, 24)), model.make_cache()
+    idx, cache = torch.randint(0, 211, (3, 24)), new_cache(model)
     with torch.no_grad():
-        pieces = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(cuts, dim=1)], dim=1)
-        torch.testing.assert_close(pieces, model(idx)[0], atol=1e-5, rtol=0)
+        pieces = torch.cat([model(piece, cache=cache) for piece in idx.split(cuts, dim=1)], dim=1)
+        torch.testing.assert_close(pieces, model(idx), atol=1e-5, rtol=0)
         with pytest.raises(ValueError, match="25 positions"):
             model(idx[:, :1], cache=cache)
 
@@ -151,7 +154,7 @@ def test_generation_slides_past_the_block_size():
     result, expected = generate(model, idx, 12, temperature=0), idx
     assert model.training  # it leaves the model in the mode it found
     for _ in range(12):
-        logits = model.eval()(expected[:, -24:])[0]
+        logits = model.eval()(expected[:, -24:])
         expected = torch.cat((expected, logits[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(result, expected)
 
@@ -177,7 +180,7 @@ def test_compiled_model_has_the_loss_and_gradient_of_the_plain_one():
     results = []
     for forward in (model, torch.compile(model, dynamic=False)):
         model.zero_grad()
-        loss = forward(idx, idx)[1]
+        loss = forward(idx, idx)
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
@@ -195,7 +198,7 @@ def test_activation_checkpointing_saves_memory_and_changes_no_bit():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = model(idx, idx)[1]
+            loss = model(idx, idx)
         model.zero_grad()
         loss.backward()
         seen.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(saved.values())))

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 
-from train_gpt2 import DEMO, FAST, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, parse_args
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, parse_args
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ def test_schedule_without_warmup_or_with_more_warmup_than_steps():
 
 def test_decay_falls_on_matrices_only():
     model = small_model()
-    optimizer = configure_optimizer(model, TrainConfig(weight_decay=0.25), CPU)
+    (optimizer,) = configure_optimizers(model, TrainConfig(weight_decay=0.25), CPU)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.25 for p in group["params"]}
     plain = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
@@ -47,7 +48,7 @@ def test_adamw_takes_the_step_of_the_paper():
     """Loshchilov and Hutter 2019, algorithm 2, worked by hand for two steps."""
     model = small_model()
     config = TrainConfig(max_lr=0.01, min_lr=0.0, weight_decay=0.1)
-    optimizer = configure_optimizer(model, config, CPU)
+    (optimizer,) = configure_optimizers(model, config, CPU)
     p = model.transformer.wpe.weight
     expected, m, v = p.detach().clone().double(), 0.0, 0.0
     for t in (1, 2):
@@ -62,38 +63,37 @@ def test_adamw_takes_the_step_of_the_paper():
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = small_model()
-    optimizer = configure_optimizer(model, TrainConfig(optimizer="muon"), CPU)
-    adamw, muon = optimizer.optimizers
+    adamw, muon = configure_optimizers(model, TrainConfig(optimizer="muon"), CPU)
     names = {id(p): name for name, p in model.named_parameters()}
     by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     by_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
     kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert by_muon == {f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in kinds}
     assert by_adamw == set(names.values()) - by_muon
-    for group in optimizer.param_groups:
-        group["lr"] = 0.5
-    assert {group["lr"] for group in adamw.param_groups + muon.param_groups} == {0.5}
+    assert [group["momentum"] for group in muon.param_groups] == [0.95]
 
 
 def test_muon_continues_from_its_state_dict_bit_by_bit():
     models = [small_model(), small_model()]
     config = TrainConfig(optimizer="muon")
-    optimizers = [configure_optimizer(model, config, CPU) for model in models]
+    pairs = [configure_optimizers(model, config, CPU) for model in models]
 
-    def steps(model, optimizer, seed):
+    def steps(model, optimizers, seed):
         generator = torch.Generator().manual_seed(seed)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01 * seed
         for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.01 * seed
+                optimizer.step()
 
-    steps(models[0], optimizers[0], 1)
+    steps(models[0], pairs[0], 1)
     models[1].load_state_dict(models[0].state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    for model, optimizer in zip(models, optimizers):
-        steps(model, optimizer, 2)
+    for one, other in zip(*pairs):
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for model, optimizers in zip(models, pairs):
+        steps(model, optimizers, 2)
     for p, q in zip(*(model.parameters() for model in models)):
         assert torch.equal(p, q)
 
@@ -103,14 +103,44 @@ def test_linear_decay_equals_the_formula():
     assert [get_lr(step, config) for step in (0, 9, 10, 15, 20, 30)] == pytest.approx([0.1, 1, 1, 0.8, 0.6, 0.2])
 
 
-def test_a_recipe_lies_under_the_flags_and_the_demo_has_its_own_numbers(tmp_path):
-    text, shards = tmp_path / "a.txt", tmp_path / "shards"  # a text brings the demo's settings, the folder does not
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_decay_steps_hold_the_peak_rate_and_fall_at_the_end(decay):
+    changes = dict(max_steps=30, max_lr=1.0, min_lr=0.2, decay=decay)
+    config = TrainConfig(warmup_steps=5, decay_steps=10, **changes)
+    assert [get_lr(step, config) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert {get_lr(step, config) for step in range(5, 21)} == {1.0}
+    falling = TrainConfig(warmup_steps=20, **changes)  # the same steps, as a decay of all that is left
+    assert [get_lr(step, config) for step in range(20, 31)] == [get_lr(step, falling) for step in range(20, 31)]
+    assert get_lr(30, config) == 0.2
+
+
+def test_presets_lie_under_the_flags(tmp_path):
+    text, folder = tmp_path / "a.txt", tmp_path / "shards"  # a text brings the demo's settings, the folder does not
     text.write_text("x")
-    words = ["--data", str(shards), "--recipe"]
-    paper, fast = parse_args([*words, "gpt2"]), parse_args([*words, "fast", "--min_lr", "1e-5"])
-    assert paper == TrainConfig(data=str(shards))
-    assert (fast.optimizer, fast.decay, fast.max_lr) == ("muon", "linear", FAST["max_lr"]) and fast.min_lr == 1e-5
-    demo = parse_args(["--data", str(text)])
-    assert demo == parse_args(["--data", str(text), "--recipe", "fast"]) and demo.max_lr == DEMO["max_lr"]
-    other = parse_args(["--data", str(text), "--recipe", "gpt2"])
-    assert (other.optimizer, other.max_lr, other.warmup_steps) == ("adamw", 6e-4, DEMO["warmup_steps"])
+    folder.mkdir()
+    words = ["--data", str(folder)]
+    assert parse_args(words) == parse_args([*words, "--preset", "gpt2"]) == TrainConfig(data=str(folder))
+    fast = parse_args([*words, "--preset", "fast", "--min_lr", "1e-5"])
+    assert fast == TrainConfig(**PRESETS["fast"] | {"data": str(folder), "min_lr": 1e-5})
+    assert (fast.optimizer, fast.decay, fast.max_lr) == ("muon", "linear", 3.6e-3)
+    demo = parse_args([*words, "--preset", "demo"])  # named, it holds for shards too
+    assert demo == TrainConfig(**PRESETS["demo"] | {"data": str(folder)})
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "fast"])
+def test_a_preset_that_is_named_is_taken_whole_for_a_text_file_too(preset, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("x")
+    assert parse_args(["--data", str(text)]) == TrainConfig(**PRESETS["demo"] | {"data": str(text)})
+    assert parse_args(["--data", str(text), "--preset", preset]) == TrainConfig(**PRESETS[preset] | {"data": str(text)})
+
+
+@pytest.mark.parametrize("preset, data", [(None, "input.txt"), ("demo", "input.txt"), ("fast", "edu_fineweb10B")])
+@pytest.mark.parametrize("shards_are_there", [False, True])
+def test_only_the_demo_falls_back_to_the_built_in_text(shards_are_there, preset, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if shards_are_there:
+        (tmp_path / "edu_fineweb10B").mkdir()
+        data = data if preset else "edu_fineweb10B"
+    config = parse_args(["--preset", preset] if preset else [])
+    assert config.data == (str(ROOT / data) if data == "input.txt" else data)

@@ -1,4 +1,5 @@
 """loss.png: what is drawn is what the log says, nothing is clipped, and greyscale keeps runs apart."""
+import io
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT, flags, read_log, run
 
 import train_gpt2
-from plumbing import curve, runlog
+from plumbing import curve, files, runlog
 
 SCRIPT = ROOT / "plot.py"
 INJECT = ROOT / "tests" / "faults" / "inject.py"
@@ -124,7 +125,7 @@ def test_the_command_draws_a_run_and_several(tmp_path):
     (["."], "name a folder that training wrote to, such as bad"),
     (["bad"], "bad has no losses to draw yet"),
     (["log", "--x", "epochs"], "--x is 'epochs', it must be tokens, steps or hours"),
-    (["log", "--out", "x.txt"], "--out is 'x.txt', it must end in .png"),
+    (["log", "--out", "x.txt"], "--out is 'x.txt', it must be a name that ends in .png, .svg or .pdf"),
     (["log", "--out", "no/x.png"], "cannot write no/x.png (No such file or directory)"),
 ])
 def test_wrong_arguments(arguments, message, tmp_path):
@@ -167,11 +168,11 @@ def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
     curve.draw({"log": curve.read_log(folder)}, folder / "loss.png")
     before = (folder / "loss.png").read_bytes()
 
-    def half(path, data):
-        with open(path, "wb") as file:
-            file.write(data[:1000])
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(type(tmp_path), "write_bytes", half)
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            super().write(data[:1000])
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "open_new", lambda path: FullDisk(path, "x"))
     with pytest.raises(OSError):
         curve.draw({"log": curve.read_log(folder)}, folder / "loss.png")
     assert (folder / "loss.png").read_bytes() == before

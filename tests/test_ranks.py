@@ -72,7 +72,7 @@ BUG = """
 import sys
 import train_gpt2
 from plumbing import checkpoint, cli
-def newest(folder, report):
+def newest(folder):
     raise RuntimeError("what nobody thought of")
 checkpoint.newest = newest
 cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
@@ -106,8 +106,8 @@ def test_ranks_wait_for_each_other_for_half_an_hour(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with ranks.processes("cpu") as (rank, world_size, _):
-        assert (rank, world_size) == (0, 2)
+    with ranks.processes("cpu") as world:
+        assert (world.rank, world.world_size) == (0, 2)
     assert given["timeout"].total_seconds() == 1800
 
 

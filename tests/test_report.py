@@ -1,4 +1,5 @@
 """report.md and the loggers, of real runs: what they say is what log.jsonl and the arithmetic say."""
+import dataclasses
 import json
 import re
 import shlex
@@ -8,20 +9,20 @@ import statistics
 
 import pytest
 import torch
-from conftest import ENCODING, TINY, flags, needs, once, read_log, run, write_shards
+from conftest import ENCODING, ROOT, TINY, flags, needs, once, read_log, run, write_shards
 from hub import hub
 from test_hellaswag import OURS
 from test_model import random_gpt2
 from test_plot import FINEWEB
 from test_train import run_until
 
+import train_gpt2
 from fineweb import FINEWEB_EDU
-from plumbing import report
+from plumbing import published, report, runlog, shards
 from plumbing.curve import read_log as lines_of
+from train_gpt2 import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig
 
 pytestmark = needs(*ENCODING)
-
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}  # of TINY
 
 
 def claim(folder, source):
@@ -59,9 +60,18 @@ def test_the_report_says_what_the_log_says(finished):
     assert f"torch {torch.__version__}" in text
     assert re.search(r"`python train_gpt2\.py --n_layer 2 .*` \(2 times: it was resumed\)", text)
     assert "![training and validation loss](loss.png)" in text and (finished / "loss.png").exists()
-    assert FINEWEB in text and "from fresh weights" in text
+    assert FINEWEB in text and "from new weights" in text
     assert "No reproduction of GPT-2 124M: the model has another shape" in text
     assert text.count("\n\n|") == 2 and "Not measured: any other benchmark" in text
+
+
+def test_the_log_tells_whether_the_model_is_gpt2_124m(finished, tmp_path, monkeypatch):
+    """TINY is not; a model of 124M would be, as the model itself is asked."""
+    assert [line["gpt2"] for line in read_log(finished, "run")] == [False, False]
+    monkeypatch.setattr(runlog.reference, "is_gpt2", lambda model: model.count_parameters() > 0)
+    arguments = flags(data=finished.parent / "data", out_dir=tmp_path, max_steps=1, warmup_steps=0)
+    train_gpt2.main(train_gpt2.parse_args(arguments))
+    assert read_log(tmp_path, "run")[0]["gpt2"] is True
 
 
 def test_the_pinned_source_is_fineweb_s():
@@ -69,9 +79,15 @@ def test_the_pinned_source_is_fineweb_s():
 
 
 @pytest.fixture
-def as_124m(monkeypatch):
-    """TINY's shape counts as GPT-2's 124M, its validation tokens as the published ones."""
-    monkeypatch.setattr(report, "GPT2", SHAPE)
+def short_windows(monkeypatch):
+    """The published loss counts as measured in windows as short as TINY's."""
+    monkeypatch.setattr(published, "LOSS_WINDOW", TINY["sequence_length"])
+
+
+def call_it_gpt2(folder):
+    """Rewrite the log as if the model were GPT-2 124M."""
+    lines = [line | {"gpt2": True} if line["kind"] == "run" else line for line in lines_of(folder)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def edited(finished, tmp_path, edit):
@@ -82,7 +98,7 @@ def edited(finished, tmp_path, edit):
     return tmp_path / "log"
 
 
-def reached(loss, acc_norm=0.31, n=10_042, **changes):
+def reached(loss, acc_norm=0.31, n=10_042, gpt2=True, **changes):
     """An edit of lines: the run ended with that loss and HellaSwag on FineWeb-Edu's own validation tokens."""
     def edit(line):
         if line["kind"] == "val":
@@ -92,7 +108,7 @@ def reached(loss, acc_norm=0.31, n=10_042, **changes):
         elif line["kind"] == "run":
             line["config"].update({"sequence_length": 1024, **changes})
             line["data"]["val_tokens"] = 10_485_760
-            line["model"]["block_size"] = 1024
+            line["gpt2"] = gpt2
     return edit
 
 
@@ -109,11 +125,13 @@ def reached(loss, acc_norm=0.31, n=10_042, **changes):
                             "measured on all examples."),
     (reached(None), "Not reproduced: the run has no validation loss."),
     (reached(3.28, init_from="gpt2"), "No reproduction: the run began with the weights of gpt2."),
-    (reached(3.28, sequence_length=512), "No reproduction of GPT-2 124M"),
-    (lambda line: (reached(3.28)(line), line.get("model", {}).update(n_layer=24))[0], "No reproduction of GPT-2 124M"),
+    (reached(3.28, sequence_length=512), "No reproduction of GPT-2 124M: the model was trained on windows of 512 "
+                                         "tokens, not 1,024."),
+    (reached(3.28, gpt2=False), "No reproduction of GPT-2 124M: the model has another shape, or computes something "
+                                "else."),
+    (reached(3.28, gpt2=None), "No verdict: the log was written by an earlier version"),
 ])
-def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "GPT2", {**SHAPE, "block_size": 1024})
+def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp_path):
     folder = edited(finished, tmp_path, edit)
     report.write_report(folder)
     text = (folder / "report.md").read_text()
@@ -126,19 +144,130 @@ def test_the_verdict_against_the_published_numbers(edit, expected, finished, tmp
 @pytest.mark.parametrize("source, tokens, T", [
     ("HuggingFaceFW/fineweb-edu/sample/10BT", 10_485_760, 1024), (FINEWEB, 10_000_000, 1024),
     ("kjj0/finewebedu10B-gpt2", 10_485_760, 1024), (FINEWEB, 10_485_760, 512), (FINEWEB, 10_485_760, 1024)])
-def test_the_published_loss_is_of_the_pinned_source_alone(source, tokens, T, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "GPT2", {**SHAPE, "block_size": T})
+def test_the_published_loss_is_of_the_pinned_source_alone(source, tokens, T, finished, tmp_path):
 
     def edit(line):
         reached(3.28)(line)
         if line["kind"] == "run":
             line["data"].update(source=source, val_tokens=tokens)
-            line["config"]["sequence_length"] = line["model"]["block_size"] = T
+            line["config"]["sequence_length"] = T
     folder = edited(finished, tmp_path, edit)
     known = (source, tokens, T) == (FINEWEB, 10_485_760, 1024)
     words = report.verdict(folder, lines_of(folder))
-    assert words.startswith("Reproduced" if known else "No verdict: OpenAI's loss on this validation split"), words
+    expected = "Reproduced" if known else "No verdict: OpenAI's loss on this validation split"
+    if T != 1024:
+        expected = "No reproduction of GPT-2 124M: the model was trained on windows of 512 tokens"
+    assert words.startswith(expected), words
     assert ("3.2924" in report.write_report(folder).read_text()) == known
+
+
+@pytest.mark.parametrize("gpt2, expected", [
+    ((True, True), "Reproduced: "), ((False, True), "No reproduction of GPT-2 124M: the model has another shape"),
+    ((True, False), "No reproduction of GPT-2 124M"), ((None, True), "No verdict: the log was written by an earlier"),
+])
+def test_every_session_of_a_run_must_have_been_gpt2(gpt2, expected, finished, tmp_path):
+    """The log of an earlier version has no such key: the verdict says how to evaluate the checkpoint."""
+    checks = iter(gpt2)
+
+    def edit(line):
+        reached(3.28)(line)
+        if line["kind"] == "run":
+            line["gpt2"] = next(checks)
+            if line["gpt2"] is None:
+                del line["gpt2"]
+    folder = edited(finished, tmp_path, edit)
+    words = report.verdict(folder, lines_of(folder))
+    assert words.startswith(expected)
+    if None in gpt2:
+        command = shlex.split(re.search("`(python .*)`", words)[1])
+        config = read_log(folder, "run")[-1]["config"]
+        assert command == ["python", "train_gpt2.py", "--eval_only", "--data", config["data"], "--out_dir",
+                           config["out_dir"]]
+        result = run(flags(data=config["data"], out_dir=folder, eval_only=True))
+        assert result.returncode == 0, result.stderr
+        assert [line["gpt2"] for line in lines_of(folder / "eval.jsonl") if line["kind"] == "run"] == [False]
+
+
+@pytest.mark.parametrize("parent, expected", [
+    ({"init_from": ""}, "Reproduced: "), ({"init_from": "gpt2"}, "No reproduction: the run began with the weights of "
+                                                                 "gpt2."),
+    ({"init_from": "", "branch_from": "itself"}, "No verdict: the run branched from "), (None, "No verdict: the run "),
+])
+def test_a_branched_run_tells_its_origin_and_is_traced_to_its_first_weights(parent, expected, finished, tmp_path):
+    branch = str(tmp_path / "parent" / "model_000040.pt")
+    if parent is not None:
+        (tmp_path / "parent").mkdir()
+        parent = {**parent, **({"branch_from": branch} if "branch_from" in parent else {})}
+        (tmp_path / "parent" / "log.jsonl").write_text(json.dumps({"kind": "run", "config": parent}) + "\n")
+    folder = edited(finished, tmp_path, reached(3.28, branch_from=branch))
+    words = report.verdict(folder, lines_of(folder))
+    assert words.startswith(expected)
+    assert branch in words or parent == {"init_from": "gpt2"}
+
+
+def test_a_run_that_branches_names_the_checkpoint(finished, tmp_path):
+    """The real command: its table says what it began with."""
+    checkpoint = finished / "model_000060.pt"
+    result = run(flags(data=finished.parent / "data", out_dir=tmp_path / "log", branch_from=checkpoint, max_steps=64))
+    assert result.returncode == 0, result.stderr
+    assert f"from step 60 of {checkpoint} |" in (tmp_path / "log" / "report.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+
+def demo_log(folder, losses, val_sha256=published.DEMO["val_sha256"], **changes):
+    """The log of a demo, as far as the verdict on it is concerned -> its folder."""
+    folder.mkdir(exist_ok=True)
+    config = {**dataclasses.asdict(TrainConfig(**PRESETS["demo"])), "micro_batch_size": 16, "compile": False, **changes}
+    lines = [{"kind": "run", "config": config, "data": {"val_sha256": val_sha256}, "device": "cpu", "gpt2": False}]
+    lines += [{"kind": "val", "step": step, "loss": loss} for step, loss in losses.items()]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_record_of_the_demo_has_the_preset_s_settings():
+    """All of them, but for those that cannot change the loss or are only about where things are and what is shown."""
+    config, record = dataclasses.asdict(TrainConfig(**PRESETS["demo"])), published.DEMO["settings"]
+    free = MAY_CHANGE_ON_RESUME | {"data", "eval_only", "sample_prompt", "deterministic"}
+    assert record == {name: value for name, value in config.items() if name not in free}
+
+
+def test_the_record_of_the_demo_has_the_hash_of_its_validation_tokens():
+    tokens = shards.read_text(ROOT / "input.txt", "val")
+    described = shards.describe(ROOT / "input.txt", [tokens], published.DEMO["settings"]["val_tokens"])
+    assert described["val_sha256"] == published.DEMO["val_sha256"]
+
+
+@pytest.mark.parametrize("losses, changes, expected, remark", [
+    ({0: 10.8, 180: 4.7279}, {}, "As expected: validation loss 4.7279; the demo gives 4.73 +- 0.03", ", as expected,"),
+    ({180: 4.7391}, {"device": "cpu", "micro_batch_size": 4}, "As expected: validation loss 4.7391;", ", as expected,"),
+    ({180: 4.80}, {}, "Not as expected: validation loss 4.8000, but the demo gives", ", not as expected (see"),
+    ({180: 4.65}, {}, "Not as expected: validation loss 4.6500, but the demo gives", ", not as expected (see"),
+    ({180: None}, {}, "Not as expected: no validation loss, but", ", not as expected (see"),
+    ({120: 4.89}, {}, "No verdict yet: the demo ends after 180 steps.", ""), ({}, {}, "No verdict yet", ""),
+    ({180: 4.7279}, {"seed": 7}, "No reference exists for the loss on this data", ""),
+    ({180: 4.7279}, {"dtype": "bfloat16"}, "No reference exists for the loss on this data", ""),
+    ({180: 4.7279}, {"n_embd": 128}, "No reference exists for the loss on this data", ""),
+    ({180: 4.7279}, {"val_sha256": "0" * 64}, "No reference exists for the loss on this data", ""),
+])
+def test_the_verdict_on_the_demo(losses, changes, expected, remark, tmp_path):
+    lines = lines_of(demo_log(tmp_path / "log", losses, **changes))
+    assert report.verdict(tmp_path / "log", lines).startswith(expected)
+    assert report.remark(lines).startswith(remark) and bool(report.remark(lines)) == bool(remark)
+
+
+@pytest.mark.parametrize("expected, words", [(4.73, "not as expected (see report.md)"), (10.82, "as expected")])
+def test_the_last_lines_of_the_demo_tell_it(expected, words, tmp_path, monkeypatch, capsys):
+    """One step with learning rate 0, which counts as the demo: the loss is that of new weights."""
+    settings = {**published.DEMO["settings"], "max_steps": 1, "warmup_steps": 0, "max_lr": 0.0}
+    monkeypatch.setitem(published.DEMO, "settings", settings)
+    monkeypatch.setitem(published.DEMO, "loss", expected)
+    train_gpt2.main(train_gpt2.parse_args(
+        ["--data", str(ROOT / "input.txt"), "--out_dir", str(tmp_path), "--max_steps", "1", "--warmup_steps", "0",
+         "--max_lr", "0", "--val_every", "0", "--sample_every", "0", "--device", "cpu"]))
+    printed = capsys.readouterr().out
+    assert re.search(rf"finished: validation loss 10\.82\d\d, {re.escape(words)}, after 1 steps", printed)
+    assert f"**{words.split(' (')[0].capitalize()}: validation loss 10.8" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("source", ["my/fineweb-edu_filtered", "HuggingFaceFW/fineweb-edu-score-2"])
@@ -147,16 +276,17 @@ def test_what_only_looks_like_fineweb_edu_has_no_reference(source, finished, tmp
     assert report.verdict(folder, lines_of(folder)).startswith("No reference exists for the loss on this data")
 
 
-def test_logs_without_a_hash_are_not_of_the_same_tokens(finished, tmp_path, as_124m):
+def test_logs_without_a_hash_are_not_of_the_same_tokens(finished, tmp_path, short_windows):
     folder = edited(finished, tmp_path, lambda line: line.get("data", {}).update(val_sha256=None))
+    call_it_gpt2(folder)
     lines = [{**line, "origin": "OpenAI's gpt2"} for line in lines_of(folder) if line["kind"] in ("run", "val")]
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.verdict(folder, lines_of(folder)).startswith("No verdict")
+    assert report.verdict(folder, lines_of(folder)).startswith("No verdict: OpenAI's loss on this")
     (folder / "eval.jsonl").write_text('{"kind": "val", "step": 0}\n{"kind": "run", "config": null}\n[\n')
     assert report.verdict(folder, lines_of(folder)).startswith("No verdict")
 
 
-def test_other_data_have_no_reference(shard_folder, tmp_path, as_124m):
+def test_other_data_have_no_reference(shard_folder, tmp_path):
     claim(shard_folder, "my_texts")
     assert run(flags(data=shard_folder, out_dir=tmp_path / "log")).returncode == 0
     text = (tmp_path / "log" / "report.md").read_text()
@@ -164,11 +294,12 @@ def test_other_data_have_no_reference(shard_folder, tmp_path, as_124m):
     assert "Not measured: HellaSwag" in text
 
 
-def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished, tmp_path, as_124m):
-    """`--init_from gpt2 --max_steps 0` into the run's folder, OpenAI's weights from a hub on loopback."""
+def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished, tmp_path, short_windows):
+    """`--init_from gpt2 --eval_only` into the run's folder, OpenAI's weights from a hub on loopback."""
     random_gpt2(tmp_path / "model", std=0.02, n_layer=2, n_head=2, n_embd=16, n_positions=32)
     log = tmp_path / "log"
     shutil.copytree(finished, log)
+    call_it_gpt2(log)
     data = finished.parent / "data"
     other = claim(write_shards(tmp_path / "other", seed=7), FINEWEB)
     shutil.copytree(tmp_path / "model", tmp_path / "gpt2")  # a folder of that name is not OpenAI's model

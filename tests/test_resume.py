@@ -10,7 +10,9 @@ from test_train import assert_same_run, final_state
 
 import train_gpt2
 from plumbing import checkpoint, machine
-from train_gpt2 import TrainConfig, UserError, adopt_choices, parse_args
+from plumbing.cli import UserError
+from plumbing.ranks import World
+from train_gpt2 import GPT, GPTConfig, TrainConfig, parse_args
 
 
 def begin(shard_folder, out, **changes) -> None:
@@ -22,7 +24,8 @@ def begin(shard_folder, out, **changes) -> None:
 def go_on(shard_folder, out, **changes) -> dict:
     """Give the command again -> the settings in the last checkpoint."""
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=out, **changes)))
-    return final_state(out)["train_config"]
+    state = final_state(out)
+    return state["train_config"] | state["machine"]
 
 
 @pytest.mark.parametrize("kind, changes, B", [
@@ -40,21 +43,40 @@ def test_b_is_taken_over_on_the_same_kind_of_device_only(kind, changes, B, shard
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_neither_b_nor_compile_is_taken_over_at_another_number_of_ranks(monkeypatch):
-    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: value)
-    stored = {"micro_batch_size": 2, "compile": True, "world_size": 1, "device_kind": "cpu",
-              "activation_checkpointing": False}
-    cpu = torch.device("cpu")
-    for world_size, B, was_compiled in ((1, 2, True), (2, 0, None)):
-        config = TrainConfig(dtype="float32")
-        assert adopt_choices(config, stored, cpu, world_size) == was_compiled
-        assert config.micro_batch_size == B and config.compile is None
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=1024, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
 
 
-def test_checkpoints_of_before_device_kinds_were_stored_are_those_of_a_cpu():
-    stored = {"micro_batch_size": 2, "compile": False, "world_size": 1, "activation_checkpointing": False}
-    config = TrainConfig(dtype="float32")
-    assert adopt_choices(config, stored, torch.device("cpu"), 1) is False and config.micro_batch_size == 2
+def stored(**changes) -> dict:
+    """A checkpoint's settings and machine, as resolve() sees them."""
+    settings = {"micro_batch_size": 2, "compile": False, "activation_checkpointing": False, "dtype": "float32"}
+    return {"train_config": settings | changes, "step": 4, "machine": {"world_size": 1, "device_kind": "cpu"}}
+
+
+def test_neither_b_nor_compile_is_taken_over_at_another_number_of_ranks(model, monkeypatch):
+    monkeypatch.setattr(World, "min", lambda self, value: value)
+    wishes = []
+    monkeypatch.setattr(machine, "pick_compile", lambda *wish: wishes.append(wish[1]) or (False, "played"))
+    config = TrainConfig(total_batch_size=2**15)
+    for world_size, B in ((1, 2), (2, 2)):
+        resolved, _, _ = machine.resolve(config, stored(compile=True), model, World(0, world_size))
+        assert resolved.micro_batch_size == B  # at two ranks picked anew: 2,048 tokens
+    assert wishes == [True, None]
+    resolved, _, _ = machine.resolve(config, stored(micro_batch_size=16), model, World(0, 2))
+    assert resolved.micro_batch_size == 2
+    assert config == TrainConfig(total_batch_size=2**15)  # nothing is written into it
+
+
+def test_checkpoints_of_before_device_kinds_were_stored_are_those_of_a_cpu(model):
+    state = {"train_config": {"micro_batch_size": 4, "world_size": 1, "n_windows": 3, "recipe": "gpt2"}, "step": 4,
+             "optimizer": {"state": {}, "param_groups": []}, "position": 8}
+    checkpoint.upgrade(state)
+    assert state["machine"] == {"world_size": 1, "device_kind": "cpu"} and state["data"] == {"n_windows": 3}
+    assert state["train_config"] == {"micro_batch_size": 4} and "position" not in state
+    assert state["optimizers"] == [{"state": {}, "param_groups": []}]
+    assert machine.resolve(TrainConfig(), state, model, World())[0].micro_batch_size == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -63,17 +85,28 @@ def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_resumed(shard_folder, tmp_p
     out = tmp_path / os.fsdecode(b"out\xff")
     begin(shard_folder, out)
     go_on(shard_folder, out)
-    assert read_log(out, "run")[-1]["origin"] == "step 4"
+    assert read_log(out, "run")[-1]["origin"] == "resumed after step 4"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_checkpoint_of_before_scalers_were_stored_is_resumed_bit_by_bit(optimizer, shard_folder, tmp_path):
+@pytest.mark.parametrize("version", ["first", "with scaler"])
+def test_a_checkpoint_of_an_earlier_version_is_resumed_bit_by_bit(version, optimizer, shard_folder, tmp_path):
+    """Its keys are those that earlier versions wrote: one optimizer, the loader's position, settings of the machine."""
     whole, older = tmp_path / "whole", tmp_path / "older"
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=whole, optimizer=optimizer)))
     begin(shard_folder, older, optimizer=optimizer)
-    state = checkpoint.load(older / "model_000004.pt")
-    del state["scaler"], state["train_config"]["device_kind"]
-    checkpoint.save(older, 4, state)
+    path = older / "model_000004.pt"
+    state = torch.load(path, weights_only=True)
+    moments, before, windows = state.pop("optimizers"), state.pop("machine"), state.pop("data")["n_windows"]
+    state["optimizer"] = moments[0] if optimizer == "adamw" else {"optimizers": moments}
+    state["train_config"] |= {"world_size": 1, "n_windows": windows, "recipe": "gpt2"}
+    state |= {"position": 4 * 8, "evaluated": True}
+    del state["train_config"]["decay_steps"], state["train_config"]["branch_from"], state["train_config"]["eval_only"]
+    if version == "first":
+        del state["scaler"], state["evaluated"]
+    else:
+        state["train_config"]["device_kind"] = before["device_kind"]
+    torch.save(state, path)
     go_on(shard_folder, older, optimizer=optimizer)
     assert_same_run(whole, older)
 
@@ -94,9 +127,9 @@ def test_a_stored_compile_is_no_wish_of_the_user_s(shard_folder, tmp_path, monke
 
 
 def test_a_stored_dtype_that_is_none_is_refused():
-    for dtype in ("float64", "int7", 3):
+    for dtype in ("float64", "int7", 3, "auto"):
         with pytest.raises(UserError, match="has the unknown dtype"):
-            adopt_choices(TrainConfig(), {"dtype": dtype}, torch.device("cpu"), 1)
+            machine.choose_dtype("auto", dtype, World())
 
 
 def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp_path, monkeypatch):
@@ -105,7 +138,7 @@ def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(UserError) as error:
         go_on(shard_folder, tmp_path, dtype=None)
-    for words in ("is trained in bfloat16, which cpu cannot multiply natively", "--dtype bfloat16", "--init_from"):
+    for words in ("is trained in bfloat16, which cpu does not multiply natively", "--dtype bfloat16", "--init_from"):
         assert words in str(error.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert go_on(shard_folder, tmp_path, dtype="bfloat16")["dtype"] == "bfloat16"  # the first remedy
@@ -114,41 +147,58 @@ def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp
     assert final_state(other)["train_config"]["dtype"] == "float32"
 
 
-def test_a_device_of_another_kind_on_one_rank_counts_for_all(monkeypatch):
-    """Else the ranks would go on with different batch sizes; here the other rank says 0."""
-    monkeypatch.setattr(train_gpt2, "min_over_ranks", lambda value, device, world_size: 0)
-    stored = {"micro_batch_size": 2, "compile": True, "world_size": 2, "dtype": "float16"}
-    config = TrainConfig(dtype="float32")
-    assert adopt_choices(config, {**stored, "dtype": "float32"}, torch.device("cpu"), 2) is None
-    assert config.micro_batch_size == 0
-    with pytest.raises(UserError, match="is trained in float16, which cpu cannot multiply natively"):
-        adopt_choices(TrainConfig(), stored, torch.device("cpu"), 2)
+def test_a_device_of_another_kind_on_one_rank_counts_for_all(model, monkeypatch):
+    """Else the ranks would go on with different batch sizes; here the other rank says 0, that is another kind."""
+    monkeypatch.setattr(World, "all", lambda self, true: False)
+    monkeypatch.setattr(World, "min", lambda self, value: value)
+    world, state = World(0, 2), stored(micro_batch_size=16)
+    state["machine"]["world_size"] = 2
+    config = TrainConfig(dtype="float32", total_batch_size=2**15)
+    assert machine.resolve(config, state, model, world)[0].micro_batch_size == 2  # picked anew
+    with pytest.raises(UserError, match="is trained in float16, which cpu does not multiply natively"):
+        machine.choose_dtype("auto", "float16", world)
+
+
+def test_data_that_have_moved_are_known_again_and_changed_ones_refused(shard_folder, tmp_path):
+    """A token changed in the last tenth of each split: as many windows as before, and other losses."""
+    out = tmp_path / "out"
+    begin(shard_folder, out)
+    moved = shard_folder.rename(tmp_path / "moved")
+    for split, what in (("train_000002", "training"), ("val_000000", "validation")):
+        path = moved / f"edufineweb_{split}.npy"
+        tokens = np.load(path)
+        tokens[-40] += 1
+        np.save(path, tokens)
+        with pytest.raises(OSError, match=f"the {what} data have other tokens than when the run began: restore them"):
+            go_on(moved, out)
+        tokens[-40] -= 1
+        np.save(path, tokens)
+    assert go_on(moved, out)["data"] == str(moved)
 
 
 def test_every_step_but_the_first_reads_windows_that_were_announced(shard_folder, tmp_path, monkeypatch):
     announced, late = [], []
-    window = train_gpt2.DataLoaderLite._window
+    batch = train_gpt2.DataLoaderLite.batch
 
-    def read(self, index):
-        tokens = window(self, index)
-        if self.shuffle and (*tokens,) not in announced:
-            late.append(index)
-        return tokens
+    def read(self, i):
+        x, y = batch(self, i)
+        if self.shuffle:
+            late.extend(i for window in zip(x.tolist(), y[:, -1].tolist()) if (*window[0], window[1]) not in announced)
+        return x, y
 
-    monkeypatch.setattr(train_gpt2.DataLoaderLite, "_window", read)
-    monkeypatch.setattr(train_gpt2.shards, "announce", lambda tokens, start, stop: announced.append(
-        (*tokens[start:stop],)))
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", read)
+    monkeypatch.setattr(train_gpt2.shards, "read_ahead", lambda tokens, start, stop: announced.append(
+        (*tokens[start:stop].tolist(),)))
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path)))
-    assert late == list(range(12))  # the first step's eight windows, and the four that it reads for the second
+    assert late == [0] * 4 + [1] * 4 + [2] * 4  # the first step's two batches, and the one it reads for the second
 
 
 def test_the_time_that_a_step_waited_for_data_is_in_the_log(shard_folder, tmp_path, monkeypatch):
     import time
 
-    original = train_gpt2.DataLoaderLite._window
-    monkeypatch.setattr(train_gpt2.DataLoaderLite, "_window",
-                        lambda self, index: (time.sleep(0.01), original(self, index))[1])
+    original = train_gpt2.DataLoaderLite.batch
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", lambda self, i: (time.sleep(0.04), original(self, i))[1])
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path, max_steps=4)))
     waited = [(line["data_ms"], line["dt_ms"]) for line in read_log(tmp_path, "train")]
-    assert all(80 <= data_ms <= dt_ms for data_ms, dt_ms in waited[1:])  # eight windows a step; the first has four more
+    assert all(80 <= data_ms <= dt_ms for data_ms, dt_ms in waited)  # two batches per step
     assert np.isfinite(waited).all()

@@ -11,12 +11,25 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, TINY, command, flags, needs, python_path, read_log, run, write_shards
+from conftest import (
+    ENCODING,
+    ROOT,
+    TINY,
+    command,
+    flags,
+    make_loader,
+    needs,
+    python_path,
+    read_log,
+    run,
+    write_shards,
+)
 
 import train_gpt2
-from plumbing import checkpoint
-from plumbing.ranks import fresh_store
-from train_gpt2 import DEMO, GPT, DataLoaderLite, GPTConfig, TrainConfig, UserError, evaluate_val_loss, parse_args
+from plumbing import checkpoint, machine
+from plumbing.cli import UserError
+from plumbing.ranks import World, fresh_store
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, evaluate_val_loss, parse_args
 
 
 def final_state(folder, step=TINY["max_steps"]) -> dict:
@@ -35,7 +48,7 @@ def same(a, b) -> bool:
 def assert_same_run(first, second, step=TINY["max_steps"]):
     """Weights, optimizer state, position and logged losses of two finished runs are the same, bit by bit."""
     a, b = final_state(first, step), final_state(second, step)
-    for key in ("model", "optimizer", "scaler", "position", "val_loss", "step"):
+    for key in ("model", "optimizers", "scaler", "data", "val_loss", "step"):
         assert same(a[key], b[key]), key
     for kind in ("train", "val"):
         losses = [[(line["step"], line["loss"], line.get("norm")) for line in read_log(folder, kind)]
@@ -62,7 +75,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     result = run(flags(data=shard_folder, out_dir=out, sample_every=3))
     assert result.returncode == 0, result.stderr
     assert "128 = 4 x 16 x 1 rank x 2 micro-steps" in result.stdout
-    assert "a fresh run" in result.stdout and "ETA" in result.stdout and "tok/s" in result.stdout
+    assert "new weights" in result.stdout and "ETA" in result.stdout and "tok/s" in result.stdout
     assert [line["step"] for line in read_log(out, "val")] == [0, 3, 6]
     assert [line["step"] for line in read_log(out, "sample")] == [0, 3, 6]
     lines = read_log(out, "train")
@@ -76,8 +89,8 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     assert read_log(out, "run")[0]["config"]["max_steps"] == 6
     assert sorted(p.name for p in out.glob("*.pt*")) == ["model_000004.pt", "model_000006.pt"]
     state = torch.load(out / "model_000006.pt", weights_only=True)
-    assert set(state) == {*checkpoint.KEYS, "evaluated", "scaler"}
-    assert (state["step"], state["position"]) == (6, 6 * 8)
+    assert set(state) == {*checkpoint.KEYS, "evaluated", "scaler", "machine", "data"}
+    assert state["step"] == 6 and state["evaluated"] is True
     assert set(state["model"]) == set(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16)).state_dict())
     assert state["val_loss"] == read_log(out, "val")[-1]["loss"]
 
@@ -114,14 +127,14 @@ def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one(shard_folder
 RECORDER = """
 import os, sys, json
 import train_gpt2
-original = train_gpt2.DataLoaderLite.next_batch
-def recording(self):
-    x, y = original(self)
+original = train_gpt2.DataLoaderLite.batch
+def recording(self, i):
+    x, y = original(self, i)
     if self.shuffle:
-        with open(f"{sys.argv[1]}/rank{self.rank}of{self.world_size}", "a") as file:
-            file.write(json.dumps([self.position, x.tolist(), y.tolist()]) + chr(10))
+        with open(f"{sys.argv[1]}/rank{self.world.rank}of{self.world.world_size}", "a") as file:
+            file.write(json.dumps([i, x.tolist(), y.tolist()]) + chr(10))
     return x, y
-train_gpt2.DataLoaderLite.next_batch = recording
+train_gpt2.DataLoaderLite.batch = recording
 train_gpt2.main(train_gpt2.parse_args(sys.argv[2:]))
 """
 
@@ -172,6 +185,7 @@ def test_a_step_waits_for_the_device_once(dtype, shard_folder, tmp_path, monkeyp
     for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), reads))
     counts = []
+    machine.peak_flops(torch.device("cpu"), getattr(torch, dtype))  # reads a clock, once per process
     for max_steps in (5, 15):
         reads.clear()
         train_in_process(tmp_path, data=shard_folder, max_steps=max_steps, val_every=0, checkpoint_every=0,
@@ -212,8 +226,8 @@ def test_micro_batches_give_the_gradient_of_one_batch(shard_folder, tmp_path, mo
     # and it is the gradient of the definition: the mean over all eight windows
     torch.manual_seed(TrainConfig.seed)
     model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
-    x, y = (t.long() for t in DataLoaderLite(shard_folder, "train", 8, 16).next_batch())
-    logits = model.eval()(x)[0]
+    x, y = make_loader(shard_folder, "train", 8, 16).batch(0)
+    logits = model(x)
     (-logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(gradients[8], expected, atol=1e-7, rtol=1e-4)
@@ -224,7 +238,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(shard_folder, tmp_path, mo
 def test_clipping_bounds_the_gradient(clip, dtype, shard_folder, tmp_path):
     """AdamW's first moment after one step is a tenth of the gradient it was given; the logged norm is unclipped."""
     _, out = train_in_process(tmp_path, data=shard_folder, grad_clip=clip, dtype=dtype, max_steps=1)
-    moments = final_state(out, 1)["optimizer"]["state"].values()
+    moments = final_state(out, 1)["optimizers"][0]["state"].values()
     given = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item() / 0.1
     logged = read_log(out, "train")[0]["norm"]
     assert logged > 0.1 and given == pytest.approx(clip or logged, rel=1e-3)
@@ -235,15 +249,13 @@ def test_validation_is_the_same_at_any_batch_and_counts_each_token_once(shard_fo
     model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         model.transformer.wte.weight.normal_(std=0.5)
-    cpu, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
-    windows = DataLoaderLite(shard_folder, "val", 43, 16, shuffle=False)
+    windows = make_loader(shard_folder, "val", 43, 16)
     assert windows.n_windows == 43
-    x, y = (t.long() for t in windows.next_batch())
-    by_window = torch.stack([model(x[i:i + 1], y[i:i + 1])[1] for i in range(43)]).double()
+    x, y = windows.batch(0)
+    by_window = torch.stack([model(x[i:i + 1], y[i:i + 1]) for i in range(43)]).double()
     for val_tokens, counted in ((16 * 43, 43), (10**9, 43), (320, 20), (325, 20), (1, 1)):
         for B in (1, 3, 20, 64):
-            loader = DataLoaderLite(shard_folder, "val", B, 16, shuffle=False)
-            loss = evaluate_val_loss(model, loader, val_tokens, autocast, cpu)
+            loss = evaluate_val_loss(model, make_loader(shard_folder, "val", B, 16), val_tokens, World())
             assert loss == pytest.approx(by_window[:counted].mean().item(), abs=1e-5)
 
 
@@ -274,13 +286,13 @@ def test_init_from_a_transformers_folder_and_from_a_checkpoint(shard_folder, tmp
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32))
     theirs.eval().save_pretrained(tmp_path / "hf")
-    x, y = (t.long() for t in DataLoaderLite(shard_folder, "val", 43, 16, shuffle=False).next_batch())
+    x, y = make_loader(shard_folder, "val", 43, 16).batch(0)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
     loss, _ = train_in_process(tmp_path, data=shard_folder, init_from=tmp_path / "hf", max_steps=0, val_tokens=10**6)
     assert loss == pytest.approx(expected, abs=1e-4)
     tuned, out = train_in_process(tmp_path, data=shard_folder, init_from=tmp_path / "hf", val_tokens=10**6)
-    assert train_gpt2.load_model(out).config.vocab_size == 50257  # imported models are not padded
+    assert GPT.load(out).config.vocab_size == 50257  # imported models are not padded
     loss, _ = train_in_process(tmp_path, data=shard_folder, init_from=out / "model_000006.pt", max_steps=0,
                                val_tokens=10**6)
     assert loss == pytest.approx(tuned, abs=1e-6)
@@ -300,17 +312,17 @@ class PoisonedLoss(torch.autograd.Function):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shard_folder, tmp_path, monkeypatch):
-    original, calls = train_gpt2.batch_loss, []
+    original, calls = GPT.forward, []
 
-    def poisoned(model, x, y, autocast):
-        loss = original(model, x, y, autocast)
-        if loss.requires_grad:
+    def poisoned(self, idx, targets=None, cache=None):
+        loss = original(self, idx, targets, cache)
+        if targets is not None and loss.requires_grad:
             calls.append(loss)
             if len(calls) in poisoned_calls:
                 return PoisonedLoss.apply(loss)
         return loss
 
-    monkeypatch.setattr(train_gpt2, "batch_loss", poisoned)
+    monkeypatch.setattr(GPT, "forward", poisoned)
     poisoned_calls = {6}  # the second micro-step of step 3
     changes = {"data": shard_folder, "optimizer": optimizer, "checkpoint_every": 1, "keep_checkpoints": 9}
     _, out = train_in_process(tmp_path, **changes)
@@ -329,7 +341,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shard_folder, 
 def test_without_shards_the_demo_lies_under_the_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_args([])
-    assert config == TrainConfig(**{**DEMO, "data": str(ROOT / "input.txt")})
+    assert config == TrainConfig(**PRESETS["demo"] | {"data": str(ROOT / "input.txt")})
     assert parse_args(["--max_lr", "0.5", "--seed", "3"]).max_lr == 0.5
     assert parse_args(["--max_lr", "0.5"]).model == "demo"
     (tmp_path / "input.txt").write_text("mine")
@@ -355,7 +367,7 @@ def test_help_names_every_field_with_its_default():
         text = " ".join(next(text for text in texts if text.startswith(f"--{field.name}")).split())
         assert len(text.split()) > 4  # more than the name
         if field.default not in (None, ""):
-            assert f"(default: {field.default})" in text
+            assert f"(default: {field.default})" in text or f"({field.default}:" in text
 
 
 @pytest.mark.parametrize("module", sorted(
@@ -406,6 +418,6 @@ def test_a_reader_that_leaves_and_an_ascii_terminal_do_no_harm(shard_folder, tmp
 def test_out_of_memory_names_half_of_b(shard_folder, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train_gpt2, "read_on_host", full)
+    monkeypatch.setattr(World, "sum_on_host", full)
     with pytest.raises(UserError, match="run the same command with --micro_batch_size 2"):
         train_in_process(tmp_path, data=shard_folder)

@@ -22,7 +22,7 @@ forking = False  # whether start() forks a process in which PyTorch is imported 
 
 
 class Row(NamedTuple):
-    """A line of FAULTS.md."""
+    """A line of docs/faults.md."""
     fault: str
     times: int
     outcome: str
@@ -131,7 +131,7 @@ def digest(folder: Path, step: int = STEPS) -> str:
             hashed.update(repr(value).encode())
 
     state = checkpoint.load(Path(folder) / f"model_{step:06d}.pt")
-    add({key: state[key] for key in ("model", "optimizer", "scaler", "position", "step", "val_loss")})
+    add({key: state[key] for key in ("model", "optimizers", "scaler", "data", "step", "val_loss")})
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] != "run":

@@ -1,5 +1,7 @@
 """Flipped bits, truncations and foreign files: named, with the checkpoint before it used instead, or harmless."""
+import contextlib
 import hashlib
+import io
 import random
 import shutil
 import tempfile
@@ -12,6 +14,7 @@ from conftest import ROOT, flags, run, write_shards
 from faults.common import Row, finish, said, start
 
 from plumbing import checkpoint
+from plumbing import cli
 from plumbing import files
 from plumbing import shards
 import train_gpt2
@@ -38,9 +41,9 @@ def write_run(folder: Path) -> Path:
     folder.mkdir()
     for step in (2, 4):
         path = checkpoint.save(folder, step, {
-            "model": model.state_dict(), "optimizer": {"state": moments, "param_groups": [{"lr": 0.1 * step}]},
+            "model": model.state_dict(), "optimizers": [{"state": moments, "param_groups": [{"lr": 0.1 * step}]}],
             "model_config": SHAPE, "train_config": {"seed": 1337, "data": "edu_fineweb10B"}, "step": step,
-            "position": 8 * step, "val_loss": 10.5, "evaluated": True})
+            "scaler": {}, "val_loss": 10.5, "evaluated": True})
     return path
 
 
@@ -72,13 +75,15 @@ def checkpoints(flips: int = 200, cuts: int = 50, seed: int = 1) -> list[Row]:
 
         def judge(spoilt: bytes, what: str) -> None:
             path.write_bytes(spoilt)
-            told = []
-            chosen, state = checkpoint.newest(path.parent, told.append)
+            told = io.StringIO()
+            with contextlib.redirect_stdout(told):
+                chosen = checkpoint.newest(path.parent)
+            state = checkpoint.load(chosen)
             if chosen == path:
                 assert content(state) == good, f"{what}: another state was loaded without a word"
                 outcomes["equal"] += 1
             else:
-                assert path.name in told[0] and content(state) == before, f"{what}: {told}"
+                assert path.name in told.getvalue() and content(state) == before, f"{what}: {told.getvalue()}"
                 outcomes["refused"] += 1
 
         for i in range(flips):
@@ -92,7 +97,7 @@ def checkpoints(flips: int = 200, cuts: int = 50, seed: int = 1) -> list[Row]:
         for size in [*(chance.randrange(len(data)) for _ in range(cuts - 4)), 0, 1, len(data) - 1, len(data) - 22]:
             judge(data[:size], f"cut to {size} bytes")
         assert outcomes["equal"] == flipped_outcomes["equal"], "a truncated checkpoint was loaded"
-        others = [ROOT / "input.txt", ROOT / "bench" / "results" / "demo.png"]
+        others = [ROOT / "input.txt", ROOT / "docs" / "demo.png"]
         for other in others:
             judge(other.read_bytes(), other.name)
         torch.save({"model": torch.zeros(3)}, path)
@@ -191,7 +196,7 @@ def exports(flips: int = 200, seed: int = 1) -> list[Row]:
         folder = Path(home) / "out"
         result = run([Path(home) / "run", folder], script=ROOT / "export_hf.py")
         assert result.returncode == 0, result.stderr
-        good = content(train_gpt2.load_model(folder).state_dict())
+        good = content(train_gpt2.GPT.load(folder).state_dict())
         names = ["model.safetensors", "config.json", "SHA256SUMS", "vocab.json"]
         whole = {name: (folder / name).read_bytes() for name in names}
         for i in range(flips):
@@ -203,9 +208,9 @@ def exports(flips: int = 200, seed: int = 1) -> list[Row]:
                 data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
             (folder / name).write_bytes(data)
             try:
-                assert content(train_gpt2.load_model(folder).state_dict()) == good, f"{name}: another model was loaded"
+                assert content(train_gpt2.GPT.load(folder).state_dict()) == good, f"{name}: another model was loaded"
                 outcomes["equal"] += 1
-            except (OSError, train_gpt2.UserError) as error:
+            except (OSError, cli.UserError) as error:
                 assert str(folder) in str(error)
                 outcomes["refused"] += 1
             (folder / name).write_bytes(whole[name])
@@ -213,8 +218,8 @@ def exports(flips: int = 200, seed: int = 1) -> list[Row]:
             for size in (0, len(whole[name]) // 2, len(whole[name]) - 1):
                 (folder / name).write_bytes(whole[name][:size])
                 try:
-                    assert content(train_gpt2.load_model(folder).state_dict()) == good and name == "SHA256SUMS"
-                except (OSError, train_gpt2.UserError):
+                    assert content(train_gpt2.GPT.load(folder).state_dict()) == good and name == "SHA256SUMS"
+                except (OSError, cli.UserError):
                     pass
             (folder / name).write_bytes(whole[name])
         shutil.rmtree(folder)

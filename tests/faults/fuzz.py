@@ -1,6 +1,7 @@
 """Bad input by the thousand: each ends in success or in one line and exit code 2, and writes nothing elsewhere."""
 import collections
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,15 +12,15 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
-from conftest import ROOT, TINY, run, write_shards
+from conftest import ROOT, TINY, make_loader, run, write_shards
 from faults.common import Row
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from plumbing import checkpoint
-import fineweb
+from plumbing import transformers_format
 import hellaswag
 from plumbing import cli
 from plumbing import shards
+from plumbing import texts as text_files
 import train_gpt2
 from train_gpt2 import TrainConfig
 
@@ -103,16 +104,30 @@ def is_cheap(argv: list[str]) -> bool:
             and config.model in ("gpt2", "demo") and not config.init_from.startswith("gpt2"))
 
 
+RECORD = {"name": "x_train.npy", "documents": 1, "tokens": 9, "bytes": 146, "sha256": "0" * 64, "next": [0, 0, 0]}
+
+
+def write_model(folder: Path) -> dict:
+    """A small model in transformers' layout -> its config.json."""
+    folder.mkdir(parents=True)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=2))
+    transformers_format.write_transformers(folder, vars(model.config), model.state_dict(), {})
+    return json.loads((folder / "config.json").read_text())
+
+
+def property_test(examples: int, number: int, **given_values):
+    """A decorator for a test with so many examples of random values, drawn with this seed."""
+    return lambda body: seed(number)(settings(
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck))(given(**given_values)(body)))
+
+
 def fuzz_in_process(cases: int, number: int = 1) -> Row:
     """Random command lines, shards, texts, JSON lines and configurations, through each reader in this process."""
-    share = cases // 5
     with tempfile.TemporaryDirectory() as home:
         fuzz = Fuzz(Path(home))
 
-        def test(**given_values):
-            return lambda body: seed(number)(settings(
-                max_examples=share, deadline=None, database=None, phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck))(given(**given_values)(body)))
+        test = functools.partial(property_test, cases // 5, number)
 
         @test(flags=st.lists(st.tuples(NAMES.map("--{}".format), WORDS), max_size=3))
         def command_lines(flags):
@@ -131,14 +146,14 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             for path in folder.iterdir():
                 path.unlink()
             (folder / name).write_bytes(head + data)
-            fuzz.call("shard", lambda: train_gpt2.DataLoaderLite(folder, "train", 2, 4).next_batch())
+            fuzz.call("shard", lambda: make_loader(folder, "train", 2, 4).batch(0))
 
         @test(data=st.one_of(st.binary(max_size=400), st.text(min_size=60, max_size=200).map(str.encode)))
         def texts(data):
             path = fuzz.out / "text.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
-            fuzz.call("text file", lambda: train_gpt2.DataLoaderLite(path, "val", 1, 2).next_batch())
+            fuzz.call("text file", lambda: make_loader(path, "val", 1, 2).batch(0))
 
         @test(lines=st.lists(st.one_of(
             JSON.map(json.dumps).map(str.encode), st.binary(max_size=40),
@@ -150,22 +165,17 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"\n".join(lines))
             fuzz.call("HellaSwag file", lambda: list(hellaswag.iterate_examples(path=path)))
-            fuzz.call("fineweb source", lambda: list(fineweb.read_jsonl(str(path), "text")))
+            fuzz.call("fineweb source", lambda: list(text_files.read_jsonl(str(path), "text")))
 
         folder = fuzz.out / "model"
-        folder.mkdir(parents=True)
-        model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=2))
-        checkpoint.write_transformers(folder, vars(model.config), model.state_dict(), {})
-        good = json.loads((folder / "config.json").read_text())
-        record = {"name": "x_train.npy", "documents": 1, "tokens": 9, "bytes": 146, "sha256": "0" * 64,
-                  "next": [0, 0, 0]}
-        good_manifest = {"node_rank": 0, "num_nodes": 1, "source": "x", "shards": [record]}
+        good = write_model(folder)
+        good_manifest = {"node_rank": 0, "num_nodes": 1, "source": "x", "shards": [RECORD]}
 
         @test(config=changed(good), manifest=st.one_of(
-            changed(good_manifest), changed(record).map(lambda shard: {**good_manifest, "shards": [shard]})))
+            changed(good_manifest), changed(RECORD).map(lambda shard: {**good_manifest, "shards": [shard]})))
         def configurations(config, manifest):
             (folder / "config.json").write_text(json.dumps(config))
-            fuzz.call("config.json", train_gpt2.load_model, folder)
+            fuzz.call("config.json", train_gpt2.GPT.load, folder)
             (folder / "manifest.json").write_text(json.dumps(manifest))
             fuzz.call("manifest", shards.read_record, folder / "manifest.json")
 
@@ -187,7 +197,7 @@ def npy(tokens) -> bytes:
 
 
 def said(name: str, fuzz: Fuzz) -> Row:
-    """The line for FAULTS.md."""
+    """The line for docs/faults.md."""
     kinds = sorted({kind for kind, _ in fuzz.outcomes})
     parts = [f"{kind}: {fuzz.outcomes[kind, 2]} refused, {fuzz.outcomes[kind, 0]} taken" for kind in kinds]
     return Row(name, fuzz.outcomes.total(),

@@ -26,6 +26,7 @@ from plumbing import checkpoint
 import hellaswag
 from plumbing import curve
 from plumbing import cli
+from plumbing import files
 from plumbing import runlog
 from plumbing import sampling
 import train_gpt2
@@ -120,29 +121,29 @@ def tear_log() -> None:
 
 
 def hurt_validation() -> None:
-    original = train_gpt2.DataLoaderLite.next_batch
+    original = train_gpt2.DataLoaderLite.batch
 
-    def next_batch(self):
+    def batch(self, i):
         if not self.shuffle:
             act()
-        return original(self)
+        return original(self, i)
 
-    train_gpt2.DataLoaderLite.next_batch = next_batch
+    train_gpt2.DataLoaderLite.batch = batch
 
 
 def record_tokens() -> None:
-    original = train_gpt2.DataLoaderLite.next_batch
+    original = train_gpt2.DataLoaderLite.batch
 
-    def next_batch(self):
-        first = self.position + self.rank * self.B
-        x, y = original(self)
+    def batch(self, i):
+        first = (i * self.world.world_size + self.world.rank) * self.B
+        x, y = original(self, i)
         if self.shuffle:
             act()
-            with open(f"{os.environ['TOKENS']}.{self.rank}", "a") as file:
+            with open(f"{os.environ['TOKENS']}.{self.world.rank}", "a") as file:
                 file.write(json.dumps([first, torch.cat((x, y), dim=1).tolist()]) + "\n")
         return x, y
 
-    train_gpt2.DataLoaderLite.next_batch = next_batch
+    train_gpt2.DataLoaderLite.batch = batch
 
 
 def hurt_sample() -> None:
@@ -158,21 +159,32 @@ def hurt_sample() -> None:
 
 
 def hurt_write() -> None:
-    original = checkpoint.open_new
-    checkpoint.open_new = lambda path: Writing(original(path))
+    original = files.open_new
+    files.open_new = lambda path: Writing(original(path)) if path.suffixes[:1] == [".pt"] else original(path)
+
+
+def hurt_rename() -> None:
+    original = files.replace
+
+    def replace(temporary, path):
+        if path.suffix == ".pt":
+            act()
+        original(temporary, path)
+
+    files.replace = replace
 
 
 def hurt_loss() -> None:
-    original = train_gpt2.batch_loss
+    original = train_gpt2.GPT.forward
     value = math.nan if what == "nan" else math.inf
 
-    def batch_loss(model, x, y, autocast):
-        loss = original(model, x, y, autocast)
-        if torch.is_grad_enabled() and due():
+    def forward(self, idx, targets=None, cache=None):
+        loss = original(self, idx, targets, cache)
+        if targets is not None and torch.is_grad_enabled() and due():
             loss = loss + (value - loss).detach()  # the gradient stays finite
         return loss
 
-    train_gpt2.batch_loss = batch_loss
+    train_gpt2.GPT.forward = forward
 
 
 def hurt_gradient() -> None:
@@ -187,22 +199,22 @@ def hurt_gradient() -> None:
 
 def record_weights() -> None:
     """Write the hash of all weights and moments after each step into a file of this rank's."""
-    configure, train, parts = train_gpt2.configure_optimizer, runlog.RunLog.train, []
+    configure, train, parts = train_gpt2.configure_optimizers, runlog.RunLog.train, []
 
-    def configure_optimizer(model, *arguments):
+    def configure_optimizers(model, *arguments):
         parts[:] = model, configure(model, *arguments)
         return parts[1]
 
     def log_train(self, *arguments, **options):
-        model, optimizer = parts
-        tensors = [*model.parameters(), *(value for one in getattr(optimizer, "optimizers", [optimizer])
-                                          for state in one.state.values() for value in state.values())]
+        model, optimizers = parts
+        tensors = [*model.parameters(), *(value for optimizer in optimizers for state in optimizer.state.values()
+                                          for value in state.values())]
         hashed = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors))
-        with open(f"{os.environ['WEIGHTS']}.{self.rank}", "a") as file:
+        with open(f"{os.environ['WEIGHTS']}.{self.world.rank}", "a") as file:
             file.write(hashed.hexdigest() + "\n")
         train(self, *arguments, **options)
 
-    train_gpt2.configure_optimizer, runlog.RunLog.train = configure_optimizer, log_train
+    train_gpt2.configure_optimizers, runlog.RunLog.train = configure_optimizers, log_train
 
 
 def hurt_picture() -> None:
@@ -231,7 +243,7 @@ PLACES = {
     "hellaswag": lambda: before(hellaswag, "sum_losses"),
     "sample": hurt_sample,
     "write": hurt_write,
-    "rename": lambda: before(checkpoint, "replace"),
+    "rename": hurt_rename,
     "prune": lambda: before(checkpoint, "prune"),  # the checkpoint has its name, older ones are still there
     "log": tear_log,
     "picture": hurt_picture,  # which is then drawn after every validation

@@ -74,7 +74,7 @@ def ended(process) -> str:
 
 def went_on(output: str, step: int) -> bool:
     """Whether a run that has printed this began at the newest checkpoint, step 0 where there was none."""
-    return "output |" not in output or (f"resumed after step {step}\n" if step else "a fresh run\n") in output
+    return "output |" not in output or (f"resumed after step {step}\n" if step else "new weights\n") in output
 
 
 def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds: float, expected: str):
@@ -104,7 +104,7 @@ def play_round(config: KillConfig, changes: dict, kills: int, seed: int, seconds
 
 
 def kills(config: KillConfig, workers: int = 1) -> Row:
-    """Rounds until there were config.kills kills, `workers` at a time -> the line for FAULTS.md."""
+    """Rounds until there were config.kills kills, `workers` at a time -> the line for docs/faults.md."""
     changes = {"optimizer": config.optimizer, "compile": config.compile or None, "dtype": config.dtype, "n_layer": 1}
     chance, places, rounds = random.Random(config.seed), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -1,6 +1,6 @@
-"""Break training in every way that DESIGN's promises speak of, and write down what happened.
+"""Break training in every way that the promises of docs/robustness.md speak of, and write down what happened.
 
-    python tests/faults/run.py --full     # the record: writes tests/FAULTS.md, about 50 minutes on two cores
+    python tests/faults/run.py --full     # the record: writes docs/faults.md, about 50 minutes on two cores
     python tests/faults/run.py            # the small part that pytest runs too, to the screen
     python tests/faults/run.py --full --only disk,soak       # these parts of the record anew
 
@@ -33,7 +33,7 @@ from faults.untrusted import untrusted
 from plumbing import machine
 from plumbing import cli
 
-RECORD = Path(__file__).parent.parent / "FAULTS.md"
+RECORD = Path(__file__).parent.parent.parent / "docs" / "faults.md"
 # part -> (what it is called, what pytest runs of it, what the record has)
 PARTS = {
     "kill": ("SIGKILL anywhere", {
@@ -71,7 +71,7 @@ PARTS = {
 class FaultsConfig:
     """What to try."""
 
-    full: bool = False  # the record: its parts in tests/FAULTS.md are written anew
+    full: bool = False  # the record: its parts in docs/faults.md are written anew
     only: str = ""  # parts, such as disk,soak (empty: all)
 
 
@@ -91,7 +91,7 @@ def try_part(name: str, full: bool) -> tuple[list[Row], float]:
 
 
 def section(name: str, rows: list[Row], seconds: float) -> str:
-    """A part as FAULTS.md has it."""
+    """A part as docs/faults.md has it."""
     table = [f"| {row.fault} | {row.times:,} | {row.outcome} |".replace("\n", " ") for row in rows]
     commit = machine.versions()["commit"][:7]
     changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=RECORD.parent, text=True,
@@ -103,7 +103,7 @@ def section(name: str, rows: list[Row], seconds: float) -> str:
 
 
 def write_record(sections: dict[str, str]) -> None:
-    """Put these sections into FAULTS.md, where those of the other parts stay."""
+    """Put these sections into docs/faults.md, where those of the other parts stay."""
     old = RECORD.read_text(encoding="utf-8").split("\n## ")[1:] if RECORD.exists() else []
     known = {text.partition("\n")[0]: f"## {text.rstrip()}" for text in old}
     known |= {PARTS[name][0]: text for name, text in sections.items()}
@@ -116,7 +116,7 @@ def write_record(sections: dict[str, str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Run the command with these flags."""
-    config = FaultsConfig(**cli.parse_flags(FaultsConfig, argv, "Try the promises of DESIGN under faults."))
+    config = FaultsConfig(**cli.parse_flags(FaultsConfig, argv, "Try the promises of docs/robustness.md under faults."))
     names = config.only.split(",") if config.only else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         raise cli.UserError(f"no part {unknown[0]!r}: --only takes {', '.join(PARTS)}, with commas between them")

@@ -35,7 +35,7 @@ def stop_and_resume(sign: str, place: str, ranks: int, expected: str) -> None:
 
 
 def signals(ranks: int = 1, signs=("TERM", "INT"), places=tuple(PLACES)) -> list[Row]:
-    """Each signal in each place -> lines for FAULTS.md."""
+    """Each signal in each place -> lines for docs/faults.md."""
     rows = []
     with tempfile.TemporaryDirectory() as home:
         expected = whole_digest(Path(home) / "whole", ranks)

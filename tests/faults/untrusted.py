@@ -180,7 +180,7 @@ def sizes() -> list[Row]:
         path = write_run(base / "run")
         state, huge = torch.load(path), torch.zeros(1).expand(10**11, 16)  # four bytes on the disk
         for shape, weights, words in (
-                ({"n_layer": 10**9}, {}, "1000000000 layers have"), ({"n_embd": 10**9}, {}, "is not of shape"),
+                ({"n_layer": 10**9}, {}, "tensors for 1000000000 layers"), ({"n_embd": 10**9}, {}, "is not of shape"),
                 ({"vocab_size": 10**11}, {"transformer.wte.weight": huge, "lm_head.weight": huge}, "machine's memory"),
                 ({"block_size": 10**11}, {"transformer.wpe.weight": huge}, "machine's memory")):
             torch.save({**state, "model": {**state["model"], **weights}, "model_config": {**SHAPE, **shape}}, path)

@@ -1,0 +1,42 @@
+"""Stages of a pipeline that run in threads and keep the order of their items."""
+import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+
+def prefetch(items, stop: threading.Event, depth: int = 4):
+    """Yield the items of a generator, which a thread of its own computes up to `depth` items early.
+
+    Sets `stop` when the consumer is done or has failed, so that a generator that waits for a network can give up.
+    """
+    end, pool = object(), ThreadPoolExecutor(1)
+    try:
+        futures = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := futures.popleft().result()) is not end:
+            futures.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        items.close()
+
+
+def map_in_order(function, items, threads: int):
+    """Yield function(item) for each item of a generator, in order, computed by `threads` threads."""
+    futures, pool = deque(), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > 2 * threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        items.close()
+
+
+def count_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
