@@ -19,6 +19,7 @@ read once, into the model's key/value cache. The endings follow, and logits are 
 
 Shapes: n examples, R rows in a pass, L shared tokens, T tokens after them, C channels, V vocabulary.
 """
+import dataclasses
 import functools
 import itertools
 import math
@@ -381,8 +382,8 @@ def main(argv: list[str]) -> None:
             print(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
                   f"{config.style} style; {machine.describe_device(world.device)}, "
                   f"{str(dtype).removeprefix('torch.')}: {why}", flush=True)
-        with (network.progress_bar(len(examples), 0, " examples", quiet=world.rank > 0) as bar,
-              machine.autocast(dtype, world.device)):
+        world = dataclasses.replace(world, autocast=machine.autocast(dtype, world.device))
+        with network.progress_bar(len(examples), 0, " examples", quiet=world.rank > 0) as bar:
             result = evaluate(model, examples, world, config.batch_tokens, config.style,
                               lambda share: bar.update(int(share * len(examples)) - bar.n))
         if math.isnan(result["acc"]):

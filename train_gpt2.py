@@ -49,7 +49,7 @@ class TrainConfig:
     out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
     init_from: str = ""  # initial weights: gpt2 to gpt2-xl, a transformers folder, a checkpoint
     branch_from: str = ""  # checkpoint to continue in a new run, under another schedule
-    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from, and train nothing
+    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from
     seed: int = 1337  # seed for the initial weights and the data order
     # Model
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = "gpt2"  # shape of a new model
@@ -82,7 +82,7 @@ class TrainConfig:
     # Checkpoints and logging
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
-    logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # service that also gets the numbers of log.jsonl
+    logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the numbers of log.jsonl
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: cli.Dtype = "auto"  # precision of matrix products, by autocast (auto: by hardware)
@@ -449,16 +449,16 @@ class Run:
     def save(self, required: bool = False) -> None:
         """Write a checkpoint; unless it is `required`, a failure is a warning."""
         state = {
-            "model": self.raw_model.state_dict(),
+            "model": self.raw_model.state_dict(),  # weights
             "model_config": asdict(self.raw_model.config),  # its shape
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],  # moments
             "scaler": self.scaler.state_dict(),  # empty unless in float16
             "train_config": asdict(self.config),  # compared when the run is resumed
             "machine": machine.identity(self.world),  # for which B and compile were chosen
-            "data": shards.fingerprint(self.train_loader, self.val_loader),
+            "data": shards.fingerprint(self.train_loader, self.val_loader),  # hashes
             "step": self.step,  # steps done, from which the position in the data follows
             "val_loss": self.val_loss,  # the last one
-            "evaluated": self.evaluated == self.step,  # if not, a resumed run begins with its evaluations
+            "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
         may_prune = self.finite  # a run that diverges must not delete its good checkpoints
         checkpoint.write(self.config, self.world, self.log, state, may_prune, required)

@@ -28,7 +28,8 @@ from plumbing.cli import UserError, print0, require
 from plumbing.files import CheckpointError, atomic_write, check_inside, first_line
 from plumbing.transformers_format import read_transformers
 
-KEYS = {"model": dict, "model_config": dict, "optimizers": list, "train_config": dict, "step": int, "val_loss": float}
+KEYS = {"model": dict, "model_config": dict, "optimizers": list, "train_config": dict, "machine": dict, "data": dict,
+        "step": int, "val_loss": float}
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of a GradScaler
 
 

@@ -105,15 +105,16 @@ class RunLog:
         """Print all that is about to run, before it runs."""
         config, shape, parameters = self.config, self.model.config, self.model.count_parameters()
         T, ranks = config.sequence_length, self.world.world_size
-        data = f"{val_loader.n_windows:,} to validate"
+        data = f"{val_loader.n_windows:,} windows of {T:,} tokens to validate"
         if train_loader:
             order = "shuffled" if config.shuffle else "in file order"
-            data = f"{train_loader.n_windows:,} windows of {T:,} tokens to train on, {data}, {order}"
+            data = (f"{train_loader.n_windows:,} windows of {T:,} tokens to train on, {val_loader.n_windows:,} to "
+                    f"validate, {order}")
         rows = {
             "device": machine.describe_device(self.world.device),
             "dtype": f"{config.dtype}: {reasons['dtype']}",
             "compile": f"{'yes' if config.compile else 'no'}: {reasons['compile']}",
-            "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary padded to "
+            "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary of "
                      f"{shape.vocab_size:,}: {parameters:,} parameters, {origin}",
             "data": f"{config.data}: {data}",
         }
@@ -121,11 +122,12 @@ class RunLog:
             micro_steps = config.total_batch_size // (config.micro_batch_size * T * ranks)
             tokens = config.max_steps * config.total_batch_size
             epochs = tokens / (train_loader.n_windows * T)
+            last = f" in the last {config.decay_steps:,} steps" if config.decay_steps else ""
             rows |= {
                 "batch": f"{config.total_batch_size:,} = {config.micro_batch_size} x {T:,} x {ranks} "
                          f"{plural(ranks, 'rank')} x {micro_steps} {plural(micro_steps, 'micro-step')}",
                 "schedule": f"{config.max_steps:,} steps, {tokens:,} tokens = {epochs:.2f} epochs; {config.optimizer}, "
-                            f"lr {config.max_lr:g} -> {config.min_lr:g} ({config.decay}) after "
+                            f"lr {config.max_lr:g} -> {config.min_lr:g} ({config.decay}{last}) after "
                             f"{config.warmup_steps:,} steps of warmup",
                 "memory": f"{16 * parameters / 2**20:,.0f} MiB at most for weights, gradients and optimizer, plus "
                           "activations",

@@ -89,7 +89,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     assert read_log(out, "run")[0]["config"]["max_steps"] == 6
     assert sorted(p.name for p in out.glob("*.pt*")) == ["model_000004.pt", "model_000006.pt"]
     state = torch.load(out / "model_000006.pt", weights_only=True)
-    assert set(state) == {*checkpoint.KEYS, "evaluated", "scaler", "machine", "data"}
+    assert set(state) == {*checkpoint.KEYS, "evaluated", "scaler"}
     assert state["step"] == 6 and state["evaluated"] is True
     assert set(state["model"]) == set(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16)).state_dict())
     assert state["val_loss"] == read_log(out, "val")[-1]["loss"]
