@@ -284,9 +284,9 @@ class DataLoaderLite:
             shards.check_tokens(windows[-1], self.names[shard], self.vocab_size)
         tokens = torch.from_numpy(np.stack(windows))  # (B, T + 1) uint16
         if self.world.device.type == "cuda":
-            tokens = tokens.pin_memory()  # so that the copy overlaps with what the GPU still computes
-        tokens = tokens.to(self.world.device, non_blocking=True)
-        return tokens[:, :-1].long(), tokens[:, 1:].long()  # (B, T) each
+            tokens = tokens.pin_memory().to(self.world.device, non_blocking=True)  # while it computes
+        x, y = tokens[:, :-1].long(), tokens[:, 1:].long()  # (B, T) each
+        return x.to(self.world.device), y.to(self.world.device)
 
     def prefetch(self, first: int, count: int) -> None:
         """Have the system read `count` micro-batches from the disk ahead of time; returns at once."""
