@@ -91,7 +91,7 @@ def export(model: GPT, folder: Path, card: str) -> str:
     if not difference <= TOLERANCE:  # nan too
         raise UserError(f"the exported model gives other logits, by up to {difference:.1e}, and was deleted: check "
                         "that the weights of the model are finite, and that the disk is sound")
-    return f"largest difference of a logit {difference:.1e} (loaded again by {loader})"
+    return f"loaded again by {loader}, its logits differ by at most {difference:.1e}"
 
 
 def main(argv: list[str]) -> None:

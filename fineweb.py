@@ -365,23 +365,16 @@ def choose_shards(config: FineWebConfig, entries: list) -> list[dict]:
 def output_folder(config: FineWebConfig):
     """Create --out and keep other processes from writing the same shards.
 
-    A new folder is removed again if nothing was written to it. An OSError, such as that of a full disk, becomes a
-    UserError with the command that goes on.
+    An OSError, such as that of a full disk, becomes a UserError with the command that continues.
     """
-    folder, lock_name = Path(config.out), f".lock{config.node_rank}"
-    is_new = not folder.exists()
-    with lock(folder, "another fineweb.py is writing to", "choose another --out", lock_name):
+    name = f".lock{config.node_rank}"
+    with lock(config.out, "another fineweb.py is writing to", "choose another --out", name) as folder:
         try:
             yield
         except DataError:
             raise
         except OSError as error:
             raise UserError(f"{explain(error)}; the whole shards in {folder} are kept, {config.remedy}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                if is_new and os.listdir(folder) == [lock_name]:
-                    os.unlink(folder / lock_name)
-                    folder.rmdir()
 
 
 def verify_shards(config: FineWebConfig) -> None:

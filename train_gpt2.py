@@ -413,7 +413,7 @@ class Run:
         self.evaluated = -1  # the last step whose evaluations are in the log
         self.val_loss, self.finite = math.nan, True
         if state:
-            shards.check_same(state["data"], self.train_loader, self.val_loader)
+            shards.check_same(state, self.train_loader, self.val_loader)
             checkpoint.restore(state, self.optimizers, self.scaler, world.device)
             self.step, self.val_loss = state["step"], state["val_loss"]
             self.evaluated = self.step if resuming and state["evaluated"] else self.step - 1

@@ -45,6 +45,9 @@ def to_continue(config, world, free_to_change: set[str], free_to_branch: set[str
         check_same_experiment(config, state, free_to_change, path)
         return state, True
     if config.branch_from:
+        if Path(config.branch_from).is_dir():  # its newest may be another one tomorrow
+            such = next((f", such as {path}" for path in reversed(listing(config.branch_from))), "")
+            raise UserError(f"--branch_from takes a .pt file{such}")
         state = load(config.branch_from)
         check_same_experiment(config, state, free_to_branch, config.branch_from)
         require(config, "max_steps", config.max_steps > state["step"],
@@ -60,8 +63,12 @@ def to_evaluate(config, world) -> dict | None:
     """
     path = world.from_rank0(lambda: newest_or_error(config.out_dir)) or config.branch_from
     state = load(path) if path else None
+    if state is None and config.eval_only and not config.init_from:
+        raise UserError(f"no checkpoint in {config.out_dir}: name a run's --out_dir, or --init_from")
     if state and config.init_from not in ("", state["train_config"].get("init_from")):
         return None
+    if state and state["train_config"].get("data") != config.data:
+        print0(f"note: the run was trained on {state['train_config'].get('data')}, this evaluates on {config.data}")
     return state
 
 
@@ -91,10 +98,14 @@ def check_same_experiment(config, state: dict, free: set[str], path) -> None:
         moved = name == "data" and "sha256" in state["data"]
         if name in free or before == value or moved or (name == "dtype" and value == "auto"):
             continue
-        remedy = "continue with that, or choose another --out_dir for a new run"
+        if name == "branch_from" and before == "":
+            raise UserError(f"{Path(path).parent} already holds a run: choose another --out_dir for the branch")
+        given = "(empty)" if value == "" else value
+        remedy = f"continue with --{name} {before}, or choose another --out_dir for a new run"
         if name == "max_steps" and not config.branch_from:
-            remedy = f"to train on under another schedule, use --branch_from {path} and another --out_dir"
-        raise UserError(f"the run of {path} has --{name} {before}, not {value}: {remedy}")
+            remedy = (f"continue with --{name} {before}; to train longer, or under another schedule, use --branch_from "
+                      f"{path} and another --out_dir")
+        raise UserError(f"the run of {path} has --{name} {before}, not {given}: {remedy}")
 
 
 def write(config, world, log, state: dict, prune_older: bool, required: bool) -> None:
@@ -294,7 +305,7 @@ def find(source) -> dict | None:
             return None
         newest_path = newest(path)
         if newest_path is None:
-            inside = next((f": did you mean {folder}?" for folder in path.iterdir() if listing(folder)), "")
+            inside = next((f": did you mean {folder}?" for folder in sorted(path.iterdir()) if listing(folder)), "")
             raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{inside}")
         return load(newest_path, verify=False)
     return load(path)

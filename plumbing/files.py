@@ -84,11 +84,12 @@ def lock(folder, busy: str, remedy: str, name: str = ".lock", seconds: float = 0
 
     Raises OSError, "{busy} {folder}: wait for it, or {remedy}", if a live process still holds it after `seconds`, and
     OSError if the folder cannot be written to. The operating system drops the lock when the process ends, however it
-    ends.
+    ends. A folder that was created for it is removed again if nothing has been written to it.
     """
     import filelock
 
     folder = Path(folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / name)
@@ -106,4 +107,8 @@ def lock(folder, busy: str, remedy: str, name: str = ".lock", seconds: float = 0
     try:
         yield folder
     finally:
+        with contextlib.suppress(OSError):
+            if is_new and not seconds and os.listdir(folder) == [name]:  # nobody waits for this lock
+                os.unlink(folder / name)
+                folder.rmdir()
         held.release()

@@ -99,6 +99,7 @@ class RunLog:
         self.failed = set()  # what besides the log could not be written, reported once
         self.tracker = None
         self.remark = ""  # on the final loss, if it is the demo's
+        self.finished = False  # whether the run was so before it began
         self.path = Path(config.out_dir) / ("log.jsonl" if self.trains else "eval.jsonl")
 
     def print_summary(self, train_loader, val_loader, reasons: dict[str, str], origin: str) -> None:
@@ -149,8 +150,8 @@ class RunLog:
         self.print_summary(train_loader, val_loader, reasons, origin)
         step = -1 if resumed_from is None else resumed_from
         self.world.from_rank0(lambda: self.open(step, evaluated))
-        finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
-        if self.world.rank == 0 and not finished:
+        self.finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
+        if self.world.rank == 0 and not self.finished:
             self.write_run(origin, val_loader)
 
     def open(self, step: int, evaluated: int) -> None:
@@ -314,8 +315,11 @@ class RunLog:
             self._try("report.md", self._report)
         tokens = step * self.config.total_batch_size
         files = [name for name in ("checkpoints", "log.jsonl", "loss.png", "report.md") if name not in self.failed]
-        print0(f"finished: validation loss {val_loss:.4f}{self.remark} after {step:,} steps and {tokens:,} tokens, "
-               f"{took} since the start; {', '.join(files)} in {self.config.out_dir}")
+        result = f"finished: validation loss {val_loss:.4f}{self.remark} after {step:,} steps and {tokens:,} tokens"
+        if self.finished:
+            print0(f"already {result}; {', '.join(files)} in {self.config.out_dir}")
+            return
+        print0(f"{result}, {took} since the start; {', '.join(files)} in {self.config.out_dir}")
         if Path(self.config.data).name == "input.txt":
             print0("this was a small text; for GPT-2 124M itself run python fineweb.py, which puts 10 billion tokens "
                    "of FineWeb-Edu into edu_fineweb10B/, and python train_gpt2.py again, on a GPU")

@@ -69,6 +69,8 @@ def read_text(path: Path, split: str) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not a UTF-8 text file ({error}): save it as UTF-8, or name a folder of shards "
                         "instead") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty: name a file with text")
     tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
     boundary = len(tokens) - len(tokens) // 10
     return tokens[:boundary] if split == "train" else tokens[boundary:]
@@ -139,10 +141,11 @@ def fingerprint(train_loader, val_loader) -> dict:
     return {"n_windows": train_loader.n_windows, "sha256": train_loader.sha256, "val_sha256": val_loader.sha256}
 
 
-def check_same(before: dict, train_loader, val_loader) -> None:
-    """Raise DataError if the data are not those with this fingerprint; older checkpoints have no hashes in it."""
-    now = fingerprint(train_loader, val_loader)
-    remedy = "restore them, or choose another --out_dir for a new run"
+def check_same(state: dict, train_loader, val_loader) -> None:
+    """Raise DataError if the data are not those of a checkpoint's fingerprint; older ones have no hashes in it."""
+    before, now = state["data"], fingerprint(train_loader, val_loader)
+    remedy = (f"--data was {state['train_config'].get('data')}: restore it, or choose another --out_dir for a new run "
+              "without --branch_from")
     if before.get("n_windows") not in (None, now["n_windows"]):
         raise DataError(f"the data have {now['n_windows']} windows to train on, they had {before['n_windows']} when "
                         f"the run began: {remedy}")

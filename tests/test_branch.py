@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import ENCODING, ROOT, flags, needs, read_log, run
+from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
 from test_train import final_state, same
 
 import train_gpt2
@@ -50,7 +50,7 @@ def test_a_decay_branched_from_the_stable_phase_is_the_run_that_had_it_from_the_
 
 def test_a_finished_run_is_extended_by_a_branch_and_its_refusal_says_so(shard_folder, tmp_path):
     train(shard_folder, tmp_path / "out")
-    with pytest.raises(UserError, match=r"has --max_steps 6, not 9: .* use --branch_from (\S+) and another") as error:
+    with pytest.raises(UserError, match=r"continue with --max_steps 6; to train longer.* use --branch_from") as error:
         train(shard_folder, tmp_path / "out", max_steps=9)
     named = str(error.value).split("--branch_from ")[1].split()[0]
     train(shard_folder, tmp_path / "longer", max_steps=9, branch_from=named)
@@ -103,6 +103,26 @@ def test_a_kill_in_the_last_evaluations_costs_no_step(checkpoint_every, place, n
     last = run(flags(**changes, out_dir=killed))  # now it is finished: nothing is evaluated again
     assert last.returncode == 0 and "| validation loss" not in last.stdout and "finished" in last.stdout
     assert (killed / "log.jsonl").read_bytes() == before
+
+
+def test_what_is_no_branch_is_told(shard_folder, tmp_path):
+    first, last = tmp_path / "first", tmp_path / "first" / "model_000006.pt"
+    train(shard_folder, first)
+    with pytest.raises(UserError, match=rf"--branch_from takes a .pt file, such as {last}"):
+        train(shard_folder, tmp_path / "out", max_steps=9, branch_from=first)
+    assert not (tmp_path / "out").exists()  # nothing is left where nothing was begun
+    with pytest.raises(UserError, match=rf"{first} already holds a run: choose another --out_dir for the branch"):
+        train(shard_folder, first, branch_from=last)
+
+
+def test_eval_only_needs_a_checkpoint_and_tells_of_other_data(shard_folder, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"no checkpoint in \S+: name a run's --out_dir, or --init_from"):
+        train(shard_folder, tmp_path / "none", eval_only=True)
+    assert not (tmp_path / "none").exists()
+    train(shard_folder, tmp_path / "out")
+    other = write_shards(tmp_path / "other", seed=1)
+    train(other, tmp_path / "out", eval_only=True)
+    assert f"note: the run was trained on {shard_folder}, this evaluates on {other}" in capsys.readouterr().out
 
 
 def test_a_branch_must_go_beyond_its_checkpoint(shard_folder, tmp_path):

@@ -65,7 +65,7 @@ def test_wrong_flags_and_values(arguments, message, tmp_path):
     ("pickled", "edufineweb_train_000001.npy cannot be used"), ("vocabulary", "holds the token 60000"),
     ("short", "is shorter than one window of 16 + 1 tokens"), ("text binary", "is not a UTF-8 text file"),
     pytest.param("text short", "is shorter than one window", marks=needs(*ENCODING)),
-    pytest.param("text empty", "is shorter than one window", marks=needs(*ENCODING)),
+    ("text empty", "text.txt is empty: name a file with text"),
 ])
 def test_data_that_cannot_be_used(how, message, tmp_path):
     data = write_shards(tmp_path / "data")
@@ -90,7 +90,7 @@ def test_data_that_cannot_be_used(how, message, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"n_embd": 32}, "has --n_embd 16, not 32"),
-    ({"max_steps": 9}, "has --max_steps 6, not 9: to train on under another schedule, use --branch_from"),
+    ({"max_steps": 9}, "not 9: continue with --max_steps 6; to train longer, or under another schedule, use --branch"),
     ({"seed": 7}, "has --seed 1337, not 7"), ({"dtype": "bfloat16"}, "has --dtype float32, not bfloat16"),
     ({"shuffle": False}, "has --shuffle True, not False"),
 ])

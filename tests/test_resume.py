@@ -169,7 +169,7 @@ def test_data_that_have_moved_are_known_again_and_changed_ones_refused(shard_fol
         tokens = np.load(path)
         tokens[-40] += 1
         np.save(path, tokens)
-        with pytest.raises(OSError, match=f"the {what} data have other tokens than when the run began: restore them"):
+        with pytest.raises(OSError, match=f"the {what} data have other tokens than when the run began: --data was "):
             go_on(moved, out)
         tokens[-40] -= 1
         np.save(path, tokens)

@@ -95,7 +95,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     assert state["val_loss"] == read_log(out, "val")[-1]["loss"]
 
     again = run(flags(data=shard_folder, out_dir=out, sample_every=3))
-    assert again.returncode == 0 and "finished: validation loss" in again.stdout
+    assert again.returncode == 0 and "already finished: validation loss" in again.stdout
     assert len(read_log(out, "train")) == 6
 
 
