@@ -241,7 +241,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def resolve(config, state: dict | None, model, world):
-    """Replace every "auto" in a TrainConfig by what suits this machine; see DataLoaderLite for why B changes no result.
+    """Replace every "auto" in a TrainConfig by what suits this machine.
 
     dtype, B and compile stay those of the run that is resumed (`state` is its checkpoint), B and compile on the same
     kind of machine only. Returns the settings, the World with its autocast, and the reasons for dtype and compile.
@@ -261,7 +261,8 @@ def resolve(config, state: dict | None, model, world):
     if not B:
         windows = count_micro_steps(config, world.world_size)  # of this rank in one step, as B is open
         B = pick_micro_batch_size(model, config.sequence_length, windows, world)
-    flops = flops_per_token(model, config.sequence_length) * config.total_batch_size * (config.max_steps - step)
+    steps = 0 if config.eval_only else config.max_steps - step
+    flops = flops_per_token(model, config.sequence_length) * config.total_batch_size * steps
     seconds = flops / (0.4 * peak_flops(world.device, dtype) * world.world_size)  # at 40 % of the peak
     compiles, why_compile = choose_compile(config.compile, before.get("compile"), seconds, world)
     name = str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from plumbing import machine
 from plumbing.cli import UserError
 from plumbing.ranks import World
 from plumbing.sampling import choose_token, stream_tokens
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 GiB = 2**30
 GPU = torch.device("cuda:0")
@@ -156,6 +156,15 @@ def test_compiling_follows_the_user_then_the_run_so_far_then_its_length(monkeypa
         machine.pick_compile(True, None, cpu, 9999)
     for before in (None, True):  # what was stored is no wish of the user's
         assert machine.pick_compile(None, before, cpu, 9999) == (False, "no working compiler (FileNotFoundError)")
+
+
+def test_an_evaluation_alone_is_too_short_to_compile_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "pick_compile", lambda *question: asked.append(question[-1]) or (False, "played"))
+    model = GPT(GPTConfig(block_size=1024, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    for changes in ({}, {"eval_only": True}, {"max_steps": 0}):
+        machine.resolve(TrainConfig(dtype="float32", **changes), None, model, World())
+    assert asked[0] > 600 and asked[1:] == [0, 0]
 
 
 def test_a_compiled_model_is_one_graph_of_its_dtype_and_deterministic_where_asked(monkeypatch):
