@@ -32,7 +32,7 @@ def initial_weights() -> GPT:
 
 
 @needs(*ENCODING)
-@pytest.mark.parametrize("micro_batch_size", [CURVE["B"], 16])
+@pytest.mark.parametrize("micro_batch_size", [CURVE["B"], pytest.param(16, marks=pytest.mark.slow)])
 def test_losses_norms_and_rates_are_those_of_build_nanogpt(micro_batch_size, tmp_path):
     tokens = np.array(gpt2_encoding().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8")), np.uint16)
     data = tmp_path / "data"
