@@ -63,7 +63,7 @@ class TrainConfig:
     shuffle: bool = True  # new random order of the sequences in each epoch
     # Optimizer and schedule
     max_steps: int = 19073  # optimizer steps (0: only evaluate)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw for all, or muon for the blocks' matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon is for the blocks' matrices
     max_lr: float = 6e-4  # learning rate after the warmup
     min_lr: float = 6e-5  # learning rate at the end
     warmup_steps: int = 715  # steps of linear warmup
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
 
@@ -130,7 +130,7 @@ class CausalSelfAttention(nn.Module):
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # 3 x (B, nh, T, hs)
         mask, is_causal = None, True
-        if cache is not None:  # generating: keys and values of earlier positions come from the cache
+        if cache is not None:  # generating: the past comes from the cache
             k, v, mask, is_causal = cache.append(k, v)  # k, v: (B, nh, past + T, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
@@ -174,7 +174,7 @@ class GPTConfig:
     n_embd: int = 768
 
 
-PADDED_VOCAB_SIZE = 50304  # of new models: a multiple of 128 makes the largest matrix product faster
+PADDED_VOCAB_SIZE = 50304  # of new models: a multiple of 128 is faster
 MODELS = {
     "gpt2": {},  # 124M parameters: the defaults of GPTConfig
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -216,14 +216,14 @@ class GPT(nn.Module):
                 weight.normal_(0.0, 0.02)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy in nats, ()."""
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) -> mean loss in nats, ()."""
         logits = self.lm_head(self.hidden_states(idx, cache))  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
 
     def hidden_states(self, idx, cache=None):
-        """idx (B, T) -> (B, T, C). `cache`, a KeyValueCache per block, holds the positions before idx."""
+        """idx (B, T) -> (B, T, C). `cache`, one per block, holds the positions before idx."""
         past = cache[0].length if cache else 0
         T = idx.size(1)
         if past + T > self.config.block_size:
@@ -243,7 +243,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, source) -> "GPT":
-        """Load a run folder, .pt file, transformers folder or OpenAI name; or raise OSError or UserError."""
+        """Load a run, .pt file, transformers folder or OpenAI name; raises OSError or UserError."""
         shape, weights = checkpoint.read_model(source)
         with checkpoint.checked_against(shape, weights, source):
             model = cls(GPTConfig(**shape))
@@ -274,7 +274,7 @@ class DataLoaderLite:
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
         self.sha256 = shards.check_samples(self.names, self.shards, self.vocab_size)
-        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can straddle two epochs
+        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can be in two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return micro-batch i of this rank: x and y, (B, T) int64 each, on its device."""
@@ -289,7 +289,7 @@ class DataLoaderLite:
         return x.to(self.world.device), y.to(self.world.device)
 
     def prefetch(self, first: int, count: int) -> None:
-        """Have the system read `count` micro-batches from the disk ahead of time; returns at once."""
+        """Have the system read micro-batches from the disk ahead of time; returns at once."""
         for i in range(first, first + count):
             for shard, start in self.locate(i):
                 shards.read_ahead(self.shards[shard], start, start + self.T + 1)
@@ -387,7 +387,7 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
 
 
 def parallelize(raw_model: GPT, config: TrainConfig, world: World) -> nn.Module:
-    """Compile the model, if configured, and wrap it so that several ranks average their gradients."""
+    """Compile the model, if configured, and have several ranks average their gradients."""
     model = raw_model
     if config.compile:
         model = machine.compiled(model, getattr(torch, config.dtype), config.deterministic)
@@ -521,7 +521,7 @@ class Run:
             if self.finite:  # otherwise this step changes no weight on any rank
                 for optimizer in self.optimizers:
                     optimizer.step()
-            scaler.update()  # halves the scale after an overflow, doubles it after 2,000 good steps
+            scaler.update()  # halves it after an overflow, doubles it after 2,000 good steps
             self.raw_model.zero_grad(set_to_none=True)
             self.step = step + 1
 
