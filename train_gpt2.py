@@ -63,7 +63,7 @@ class TrainConfig:
     shuffle: bool = True  # new random order of the sequences in each epoch
     # Optimizer and schedule
     max_steps: int = 19073  # optimizer steps (0: only evaluate)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon is for the blocks' matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw for all, or muon for the blocks
     max_lr: float = 6e-4  # learning rate after the warmup
     min_lr: float = 6e-5  # learning rate at the end
     warmup_steps: int = 715  # steps of linear warmup
@@ -82,7 +82,7 @@ class TrainConfig:
     # Checkpoints and logging
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
-    logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the numbers of log.jsonl
+    logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the logged numbers
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: cli.Dtype = "auto"  # precision of matrix products, by autocast (auto: by hardware)
@@ -269,7 +269,7 @@ class DataLoaderLite:
         self.world, self.vocab_size = world, min(vocab_size, VOCAB_SIZE)
         self.shuffle = config.shuffle and split == "train"
         self.names, self.shards = zip(*shards.open_tokens(config.data, split, self.shuffle))
-        counts = [max(0, len(shard) - 1) // self.T for shard in self.shards]  # windows in each shard
+        counts = [max(0, len(shard) - 1) // self.T for shard in self.shards]  # windows per shard
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
@@ -284,7 +284,7 @@ class DataLoaderLite:
             shards.check_tokens(windows[-1], self.names[shard], self.vocab_size)
         tokens = torch.from_numpy(np.stack(windows))  # (B, T + 1) uint16
         if self.world.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.world.device, non_blocking=True)  # while it computes
+            tokens = tokens.pin_memory().to(self.world.device, non_blocking=True)  # overlaps
         x, y = tokens[:, :-1].long(), tokens[:, 1:].long()  # (B, T) each
         return x.to(self.world.device), y.to(self.world.device)
 
@@ -409,7 +409,7 @@ class Run:
         self.val_loader = DataLoaderLite(config, "val", world, vocab_size)
         self.optimizers = configure_optimizers(self.raw_model, config, world.device)
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
-        self.step = 0  # optimizer steps done
+        self.step = 0  # steps done
         self.evaluated = -1  # the last step whose evaluations are in the log
         self.val_loss, self.finite = math.nan, True
         if state:
@@ -507,7 +507,7 @@ class Run:
                 x, y = self.train_loader.batch(i + 1)  # read while the device still computes
                 data_seconds += time.perf_counter() - t1
             self.train_loader.prefetch((step + 1) * grad_accum_steps + 1, grad_accum_steps)
-            scale = scaler.scale(torch.ones((), device=world.device))  # without waiting for the device
+            scale = scaler.scale(torch.ones((), device=world.device))  # without a wait
             for optimizer in self.optimizers:
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf)
@@ -569,7 +569,7 @@ def parse_args(argv: list[str]) -> TrainConfig:
     flags = cli.parse_flags(
         TrainConfig, argv, "Train GPT-2. The same command again resumes. Without --data and without "
         f"{TrainConfig.data}/ it trains a small model on input.txt, in less than three minutes.",
-        extra={"preset": (tuple(PRESETS), "defaults that the flags override (default: gpt2, or demo for a text file)")})
+        extra={"preset": (tuple(PRESETS), "defaults that flags override (default: gpt2, or demo for text)")})
     preset = flags.pop("preset", None)
     no_shards = preset is None and not Path(TrainConfig.data).exists()
     if "data" not in flags and (preset == "demo" or no_shards):
