@@ -42,8 +42,9 @@ from plumbing.cli import Positive, Range, UserError, check_values, explain, pars
 from plumbing.encode import encode_texts, join_documents, make_encoder
 from plumbing.files import DataError, lock, sha256
 from plumbing.hub_files import list_bin_files, parse_dataset
+from plumbing.manifest import Manifest, ShardWriter, verify
 from plumbing.network import patiently, progress_bar
-from plumbing.shards import FINEWEB_EDU, Manifest, ShardWriter, open_shard, verify
+from plumbing.shards import FINEWEB_EDU, open_shard
 from plumbing.texts import PIECE_BYTES, estimate_tokens, find_files, read_texts
 from plumbing.threads import count_cores, map_in_order, prefetch
 from plumbing.tokenizer import SHA256

@@ -37,11 +37,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from plumbing import cli, jsonl, machine, network, published, sampling
+from plumbing import cli, jsonl, machine, network, published, sampling, tokenizer
 from plumbing.batching import Row, Work, assign_batches, make_batches, make_passes
 from plumbing.cli import Dtype, Stopped, UserError, print0
 from plumbing.ranks import World, processes
-from plumbing.tokenizer import VOCAB_SIZE, gpt2_encoding
+from plumbing.tokenizer import VOCAB_SIZE
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/"
 FILES = {  # size in bytes and SHA-256, which TensorFlow Datasets lists too
@@ -156,7 +156,7 @@ def examples_for_training(config, model, world: World) -> list[dict]:
 @functools.cache  # a training run scores the same texts again and again
 def encode(text: str) -> list[int]:
     """Encode a text as GPT-2 tokens."""
-    return gpt2_encoding().encode_ordinary(text)
+    return tokenizer.encode(text)
 
 
 def clean(text: str) -> str:

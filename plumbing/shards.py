@@ -2,24 +2,18 @@
 
     open_tokens(data, split, shuffle)    [(name, tokens), ...] for a folder of shards or a text file
     read_ahead(tokens, start, stop)      has the system read tokens before they are needed
-    ShardWriter(path, size)              a shard that gets its name only once it is whole
-    Manifest(folder)                     what the shards in a folder were made of, and their hashes
-    verify(folder)                       compares the shards with the manifest
 
 Tokens are uint16 arrays. Those of shards are memory-mapped: opening ten billion of them reads a few pages.
 """
 import contextlib
 import hashlib
-import io
-import itertools
-import json
 import mmap
-import os
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import DataError, atomic_write, check_inside, replace, sha256
+from plumbing.files import DataError, check_inside
+from plumbing.manifest import read_record
 
 # the source that fineweb.py reads by default
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
@@ -60,7 +54,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def read_text(path: Path, split: str) -> np.ndarray:
     """Encode a UTF-8 text file and return the uint16 tokens of one split: the last tenth is val, the rest train."""
-    from plumbing.tokenizer import gpt2_encoding
+    from plumbing.tokenizer import encode
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -71,7 +65,7 @@ def read_text(path: Path, split: str) -> np.ndarray:
                         "instead") from error
     if not text.strip():
         raise DataError(f"{path} is empty: name a file with text")
-    tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+    tokens = np.array(encode(text), dtype=np.uint16)
     boundary = len(tokens) - len(tokens) // 10
     return tokens[:boundary] if split == "train" else tokens[boundary:]
 
@@ -193,160 +187,3 @@ def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
         left -= min(left, len(tokens))
     return {"source": values.get("source") or values.get("download"), "revision": values.get("revision"),
             "val_tokens": val_tokens - left, "val_sha256": hashed.hexdigest()}
-
-
-class ShardWriter:
-    """Writes a .npy file of uint16, as np.save does, under a temporary name until it is whole.
-
-    The data are hashed as they are written, with the header of a shard of `size` tokens, which most shards become. Call
-    finish() or abandon() at the end.
-    """
-
-    def __init__(self, path: Path, size: int):
-        self.path, self.size = path, size
-        self.tokens = self.documents = 0
-        self.stack = contextlib.ExitStack()  # closes the file and renames it; deletes it after an error
-        self.file = self.stack.enter_context(atomic_write(path))
-        self.file.write(npy_header(size))
-        self.hash = hashlib.sha256(npy_header(size))
-
-    def write(self, tokens: np.ndarray, documents: int) -> None:
-        """Append tokens, in which `documents` documents begin."""
-        data = tokens.astype("<u2", copy=False).data
-        self.file.write(data)
-        self.hash.update(data)
-        self.tokens, self.documents = self.tokens + len(tokens), self.documents + documents
-
-    def finish(self) -> dict:
-        """Put the shard on the disk under its own name, and return its record for the manifest."""
-        with self.stack:
-            if self.tokens != self.size:  # the last shard, as a rule: correct the header and hash the file anew
-                self.file.seek(0)
-                self.file.write(npy_header(self.tokens))
-            self.file.flush()
-            digest = self.hash.hexdigest() if self.tokens == self.size else sha256(Path(self.file.name))
-            size = os.fstat(self.file.fileno()).st_size
-        return {"name": self.path.name, "documents": self.documents, "tokens": self.tokens, "bytes": size,
-                "sha256": digest}
-
-    def abandon(self) -> None:
-        """Delete the temporary file. Does nothing to a finished shard."""
-        with contextlib.suppress(OSError), self.stack:
-            raise OSError("abandoned")  # on which atomic_write deletes the file
-
-
-def npy_header(tokens: int) -> bytes:
-    """Return the header of a .npy file of uint16 tokens. numpy pads it to 128 bytes for any number of tokens."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
-    return header.getvalue()
-
-
-class Manifest:
-    """A record of a folder of shards: the settings, and the name, documents, tokens, bytes and sha256 of every shard.
-
-    The file is progress.json while shards are missing, and manifest.json once all are there. If several machines write
-    to one folder, `node` is part of these names. If a recorded shard is missing, its record and all later ones are
-    dropped when the manifest is opened.
-    """
-
-    def __init__(self, folder, node: str = ""):
-        self.folder = Path(folder)
-        self.progress, self.finished = (self.folder / f"{name}{node}.json" for name in ("progress", "manifest"))
-        path = self.progress if self.progress.exists() else self.finished
-        self.values = read_record(path) if path.exists() else {}
-        recorded = self.values.pop("shards", [])
-        self.shards = list(itertools.takewhile(self.is_whole, recorded))
-        self.missing = [shard["name"] for shard in recorded[len(self.shards):]]
-        self.complete = bool(self.values) and path == self.finished and not self.missing
-
-    def is_whole(self, shard: dict) -> bool:
-        """Return whether a recorded shard is there and has the right size."""
-        path = self.folder / shard["name"]
-        return path.is_file() and path.stat().st_size == shard["bytes"]
-
-    def require(self, settings: dict) -> None:
-        """Raise DataError if the folder was made with other settings, by this node or by another one."""
-        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
-            try:
-                record = read_record(path)
-            except FileNotFoundError:
-                continue  # another node has just finished and renamed it
-            for name, value in settings.items():
-                if record.get(name) != value and (name != "node_rank" or path in (self.progress, self.finished)):
-                    raise DataError(f"{self.folder} was made with another {name}, {record.get(name)!r} not {value!r}: "
-                                    "choose another --out, or use the earlier settings")
-
-    def begin(self, values: dict) -> None:
-        """Mark the folder as unfinished, before any shard is written."""
-        self.values = values
-        self._write()
-        self.finished.unlink(missing_ok=True)
-
-    def add(self, shard: dict) -> None:
-        """Add the record of a finished shard."""
-        self.shards.append(shard)
-        self._write()
-
-    def finish(self) -> None:
-        """Mark the folder as finished."""
-        self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens")}
-        self._write()
-        replace(self.progress, self.finished)
-
-    def total(self, key: str) -> int:
-        """Sum one number over the shards."""
-        return sum(shard[key] for shard in self.shards)
-
-    def _write(self) -> None:
-        """Write progress.json."""
-        with atomic_write(self.progress) as file:
-            file.write(json.dumps(self.values | {"shards": self.shards}, indent=1).encode())
-
-
-def read_record(path: Path) -> dict:
-    """Read a manifest. Raises DataError if it is damaged."""
-    check_inside(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [(values["node_rank"], int), (values["num_nodes"], int), (values["shards"], list)]
-        for shard in values["shards"]:
-            kinds += [(shard["name"], str), (shard["sha256"], str)]
-            kinds += [(number, int) for number in (shard["documents"], shard["tokens"], shard["bytes"])]
-            kinds += [(number, int) for number in (*shard.get("next", (0, 0, 0)), 0)[:4]]
-            if Path(shard["name"]).name != shard["name"] or len(shard.get("next", (0, 0, 0))) != 3:
-                raise ValueError(f"bad record {shard}")
-        if not all(isinstance(value, kind) for value, kind in kinds):
-            raise TypeError("a value is of the wrong type")
-        return values
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
-
-
-def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
-    """Compare the hash of each shard in a folder with its manifest. Returns (number of shards, number of tokens).
-
-    Calls progress(bytes) after each shard. Raises DataError, with the names, if shards are damaged, missing or foreign.
-    """
-    folder = Path(folder)
-    if any(folder.glob("progress*.json")) or not any(folder.glob("manifest*.json")):
-        raise DataError(f"{folder} is not finished: run the command that makes it again")
-    records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
-    shards = {shard["name"]: shard for record in records for shard in record["shards"]}
-    nodes = {record["node_rank"] for record in records}
-    for name in sorted(set().union(*records) - {"node_rank", "shards", "documents", "tokens"}):
-        if any(record.get(name) != records[0].get(name) for record in records):
-            raise DataError(f"{folder}: the nodes differ in {name}: give each the same settings and source")
-    wrong = [f"node {node} has not finished" for node in range(records[0]["num_nodes"]) if node not in nodes]
-    wrong += [f"{path.name} is in no manifest" for path in sorted(folder.iterdir())
-              if path.suffix in (".npy", ".bin") and path.name not in shards]
-    for name, shard in shards.items():
-        if not (folder / name).is_file():
-            wrong.append(f"{name} is missing")
-        elif sha256(folder / name) != shard["sha256"]:
-            wrong.append(f"{name} is damaged")
-        progress(shard["bytes"])
-    if wrong:
-        raise DataError(f"{folder}: {', '.join(wrong)}: delete what is damaged or foreign, then run the command that "
-                        "made the folder again")
-    return len(shards), sum(shard["tokens"] for shard in shards.values())

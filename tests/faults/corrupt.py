@@ -16,7 +16,7 @@ from faults.common import Row, finish, said, start
 from plumbing import checkpoint
 from plumbing import cli
 from plumbing import files
-from plumbing import shards
+from plumbing import manifest, shards
 import train_gpt2
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50304)
@@ -182,7 +182,7 @@ def token_shards(flips: int = 200, seed: int = 1) -> list[Row]:
 def run_verify(folder: Path) -> str:
     """What --verify says of a folder that is not whole."""
     try:
-        shards.verify(folder)
+        manifest.verify(folder)
         raise AssertionError("verify found nothing")
     except files.DataError as error:
         return str(error)

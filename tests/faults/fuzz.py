@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from plumbing import transformers_format
 import hellaswag
 from plumbing import cli
-from plumbing import shards
+from plumbing.manifest import read_record
 from plumbing import texts as text_files
 import train_gpt2
 from train_gpt2 import TrainConfig
@@ -177,7 +177,7 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             (folder / "config.json").write_text(json.dumps(config))
             fuzz.call("config.json", train_gpt2.GPT.load, folder)
             (folder / "manifest.json").write_text(json.dumps(manifest))
-            fuzz.call("manifest", shards.read_record, folder / "manifest.json")
+            fuzz.call("manifest", read_record, folder / "manifest.json")
 
         for each in (command_lines, shard_headers, texts, json_lines, configurations):
             each()
