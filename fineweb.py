@@ -369,13 +369,13 @@ def output_folder(config: FineWebConfig):
     An OSError, such as that of a full disk, becomes a UserError with the command that continues.
     """
     name = f".lock{config.node_rank}"
-    with lock(config.out, "another fineweb.py is writing to", "choose another --out", name) as folder:
+    with lock(config.out, "another fineweb.py is writing to", "choose another --out", name):
         try:
             yield
         except DataError:
             raise
         except OSError as error:
-            raise UserError(f"{explain(error)}; the whole shards in {folder} are kept, {config.remedy}") from error
+            raise UserError(f"{explain(error)}; the whole shards in {config.out} are kept, {config.remedy}") from error
 
 
 def verify_shards(config: FineWebConfig) -> None:

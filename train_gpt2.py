@@ -14,6 +14,10 @@ Shapes: B batch, T time, C channels, nh heads, hs head size (C = nh * hs), V voc
 `world` is this process among all ranks: rank, world_size, device, autocast, and whether to stop.
 plumbing/ can be skipped: no model, no optimizer and no training logic is in there.
 """
+if __name__ == "__main__":
+    from plumbing.cli import end_quietly
+    end_quietly()  # on Ctrl-C, while PyTorch is imported
+
 import contextlib
 import functools
 import math
@@ -27,13 +31,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import hellaswag
-from plumbing import checkpoint, cli, machine, shards
+from plumbing import checkpoint, cli, files, machine, shards
 from plumbing.ranks import World, processes
-from plumbing.runlog import RunLog
+from plumbing.runlog import RunLog, describe_start
 from plumbing.sampling import sample_text
 from plumbing.tokenizer import VOCAB_SIZE
 
@@ -82,6 +85,7 @@ class TrainConfig:
     # Checkpoints and logging
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
+    keep_best: bool = False  # also keep the one with the lowest validation loss, best.pt
     logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the logged numbers
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
@@ -91,19 +95,13 @@ class TrainConfig:
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
 
     def __post_init__(self):
-        cli.check_values(self)
-        cli.require(self, "min_lr", self.min_lr <= self.max_lr, f"at most max_lr, {self.max_lr}")
-        most = max(0, self.max_steps - self.warmup_steps)
-        ok = self.decay_steps <= most or self.max_steps == 0
-        cli.require(self, "decay_steps", ok, f"at most max_steps - warmup_steps, {most}")
-        ok = self.hellaswag_every or not (self.hellaswag_data or self.hellaswag_limit)
-        cli.require(self, "hellaswag_every", ok, "more than 0 to use HellaSwag's other flags")
+        machine.check_settings(self)
 
 
 MAY_CHANGE_ON_RESUME = {  # anything else would make it another experiment
     "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing",
-    "keep_checkpoints", "checkpoint_every", "logger", "val_every", "sample_every",
-    "hellaswag_every", "hellaswag_limit", "hellaswag_data",
+    "keep_checkpoints", "keep_best", "checkpoint_every", "logger", "val_every",
+    "sample_every", "hellaswag_every", "hellaswag_limit", "hellaswag_data",
 }
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {  # the schedule too
     "branch_from", "init_from", "max_steps", "max_lr", "min_lr", "warmup_steps", "decay",
@@ -345,9 +343,7 @@ def get_lr(step: int, config: TrainConfig) -> float:
     if step < start:
         return config.max_lr
     progress = min(1.0, (step - start) / max(1, config.max_steps - start))
-    left = 1 - progress
-    if config.decay == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * progress))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
     return config.min_lr + left * (config.max_lr - config.min_lr)
 
 
@@ -369,8 +365,7 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, world: Wor
         y[counted:] = -100  # ignored by cross_entropy: the last batch keeps its shape
         with world.autocast:
             losses.append(counted * model(x, y))
-    precision = torch.float32 if world.device.type == "mps" else torch.float64  # MPS has no float64
-    return world.sum_on_host([torch.stack(losses).to(precision).sum()])[0] / n_windows
+    return world.sum_on_host([torch.stack(losses).to(world.double).sum()])[0] / n_windows
 
 
 def build_model(config: TrainConfig, state: dict | None) -> GPT:
@@ -392,16 +387,19 @@ def parallelize(raw_model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if config.compile:
         model = machine.compiled(model, getattr(torch, config.dtype), config.deterministic)
     if world.world_size > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
 
 
 class Run:
     """One rank's part of a training run."""
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, folder: files.Lock | None):
         state, resuming = checkpoint.to_continue(config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
         self.raw_model = build_model(config, state).to(world.device)  # the plain module
+        self.origin_sha256 = checkpoint.origin_hash(config, state, resuming, self.raw_model)
+        about = describe_start(config, PRESETS, world, state, resuming)
         config, world, reasons = machine.resolve(config, state, self.raw_model, world)
         self.config, self.world = config, world  # no setting is "auto" any more
         vocab_size = self.raw_model.config.vocab_size
@@ -411,19 +409,19 @@ class Run:
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
         self.step = 0  # steps done
         self.evaluated = -1  # the last step whose evaluations are in the log
-        self.val_loss, self.finite = math.nan, True
+        self.val_loss, self.best_val_loss = math.nan, math.inf
+        self.finite, self.is_whole = True, True  # is_whole: not in the middle of an update
         if state:
             shards.check_same(state, self.train_loader, self.val_loader)
             checkpoint.restore(state, self.optimizers, self.scaler, world.device)
             self.step, self.val_loss = state["step"], state["val_loss"]
+            self.best_val_loss = state["best_val_loss"] if resuming else math.inf
             self.evaluated = self.step if resuming and state["evaluated"] else self.step - 1
-        self.hellaswag_examples = []
-        if self.evaluated < config.max_steps:  # otherwise the run is finished
-            self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world)
+        needed = self.evaluated < config.max_steps  # otherwise the run is finished
+        self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world) if needed else []
         self.model = parallelize(self.raw_model, config, world)  # compiled and wrapped
-        self.log = RunLog(config, self.raw_model, world)
-        origin = checkpoint.describe_origin(config, state, resuming)
-        self.log.start(self.train_loader, self.val_loader, reasons, origin, self.evaluated,
+        self.log = RunLog(config, self.raw_model, world, folder)
+        self.log.start(self.train_loader, self.val_loader, about | reasons, self.evaluated,
                        resumed_from=self.step if resuming else None)
 
     def is_due(self, every: int) -> bool:
@@ -438,6 +436,9 @@ class Run:
         if step == 0 or self.is_due(config.val_every):
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
+            if config.keep_best and self.val_loss < self.best_val_loss:
+                self.best_val_loss = self.val_loss
+                self.save(name=checkpoint.BEST)
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
             self.log.hellaswag(step, hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world))
         if config.sample_every and self.is_due(config.sample_every):
@@ -446,7 +447,7 @@ class Run:
         if step == config.max_steps:
             self.save(required=True)  # again, now that its evaluations are in the log
 
-    def save(self, required: bool = False) -> None:
+    def save(self, required: bool = False, name: str = "") -> None:
         """Write a checkpoint; unless it is `required`, a failure is a warning."""
         state = {
             "model": self.raw_model.state_dict(),  # weights
@@ -458,20 +459,20 @@ class Run:
             "data": shards.fingerprint(self.train_loader, self.val_loader),  # hashes
             "step": self.step,  # steps done, from which the position in the data follows
             "val_loss": self.val_loss,  # the last one
+            "best_val_loss": self.best_val_loss,
+            "origin_sha256": self.origin_sha256,  # of the weights of --init_from or --branch_from
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        may_prune = self.finite  # a run that diverges must not delete its good checkpoints
-        checkpoint.write(self.config, self.world, self.log, state, may_prune, required)
+        # a run that diverges must not delete its good checkpoints
+        checkpoint.write(self.config, self.world, self.log, state, self.finite, required, name)
 
     def train(self) -> float:
         """Train to the last step or the first signal; return the last validation loss."""
-        stopped = False
         try:
             self.loop()
         except cli.Stopped:  # an unfinished step or evaluation is done again when resuming
-            stopped = True
             self.save(required=True)
-        self.log.end(self.step, self.val_loss, stopped)
+        self.log.end(self.step, self.val_loss, stopped=self.evaluated < self.config.max_steps)
         return self.val_loss
 
     def loop(self) -> None:
@@ -518,12 +519,13 @@ class Run:
             lr = get_lr(step, config)
             for group in param_groups:
                 group["lr"] = lr
+            self.is_whole = False
             if self.finite:  # otherwise this step changes no weight on any rank
                 for optimizer in self.optimizers:
                     optimizer.step()
             scaler.update()  # halves it after an overflow, doubles it after 2,000 good steps
             self.raw_model.zero_grad(set_to_none=True)
-            self.step = step + 1
+            self.step, self.is_whole = step + 1, True
 
             # everything that follows is diagnostics; five bad steps in a row end the run
             self.log.train(self.step, loss, lr, norm, time.perf_counter() - t0, data_seconds, scale)
@@ -534,10 +536,11 @@ def evaluate_only(config: TrainConfig, world: World) -> float:
     state = checkpoint.to_evaluate(config, world)
     step = state["step"] if state else 0
     raw_model = build_model(config, state).to(world.device)
+    about = describe_start(config, PRESETS, world, state)
     config, world, reasons = machine.resolve(config, None, raw_model, world)
     loader = DataLoaderLite(config, "val", world, raw_model.config.vocab_size)
     log = RunLog(config, raw_model, world)
-    log.start(None, loader, reasons, checkpoint.describe_origin(config, state, resuming=False))
+    log.start(None, loader, about | reasons)
     val_loss = evaluate_val_loss(parallelize(raw_model, config, world), loader, config.val_tokens, world)
     log.val(step, val_loss)
     if config.sample_every:
@@ -587,13 +590,14 @@ def main(config: TrainConfig) -> float:
     """
     trains = config.max_steps > 0 and not config.eval_only
     with (machine.explained_errors(config), cli.stop_signal(obey=trains) as stop,
-          processes(config.device, config.deterministic, stop) as world, contextlib.ExitStack() as held):
+          processes(config.device, config.deterministic, stop) as world):
         if not trains:
             return evaluate_only(config, world)
-        world.from_rank0(lambda: held.enter_context(checkpoint.lock(config.out_dir)))
-        run = Run(config, world)
-        with machine.explained_errors(run.config):  # it has the B to suggest a smaller one
-            return run.train()
+        with checkpoint.hold(config.out_dir, world) as folder:
+            run = Run(config, world, folder)
+            # run.config has the B to suggest a smaller one
+            with machine.explained_errors(run.config), checkpoint.saved_on_errors(run):
+                return run.train()
 
 
 if __name__ == "__main__":

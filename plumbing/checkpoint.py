@@ -7,6 +7,7 @@
     load(path)                  the state of one checkpoint, verified; runs no code that a file might carry
     prune(folder, keep, step)   deletes all but the newest ones up to a step
     lock(folder)                a context in which no other process trains into the folder
+    hold(folder, world)         the same for all ranks of a run
     find(source)                the checkpoint that a name on the command line means, or None
     read_model(source)          (shape, weights) of any model: a run, a .pt file, a transformers folder, OpenAI's
 
@@ -15,6 +16,7 @@ A checkpoint is what torch.save makes of tensors, numbers, strings, lists and di
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -26,10 +28,12 @@ import torch
 from plumbing import files, published
 from plumbing.cli import UserError, print0, require
 from plumbing.files import CheckpointError, atomic_write, check_inside, first_line
+from plumbing.ranks import check_launcher
 from plumbing.transformers_format import read_transformers
 
+BEST = "best.pt"  # checkpoint with the lowest validation loss, beside the numbered ones
 KEYS = {"model": dict, "model_config": dict, "optimizers": list, "train_config": dict, "machine": dict, "data": dict,
-        "step": int, "val_loss": float}
+        "step": int, "val_loss": float, "best_val_loss": float, "origin_sha256": str}
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of a GradScaler
 
 
@@ -81,6 +85,37 @@ def describe_origin(config, state: dict | None, resuming: bool) -> str:
     return f"step {state['step']:,} of {config.branch_from or config.out_dir}"
 
 
+def origin_hash(config, state: dict | None, resuming: bool, model) -> str:
+    """Hash the weights that a run began with, by which it knows --init_from and --branch_from under another name.
+
+    Empty for new weights, and if a run of an earlier version is resumed.
+    """
+    if resuming:
+        return state["origin_sha256"]
+    return hash_weights(model.state_dict()) if config.init_from or config.branch_from else ""
+
+
+def hash_weights(weights: dict) -> str:
+    """Hash names, shapes and the first thousand values of each tensor."""
+    hashed = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        values = weight.detach().reshape(-1)[:1000].float().cpu()
+        hashed.update(f"{name} {tuple(weight.shape)} ".encode() + values.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def is_same_source(name: str, before: str, state: dict) -> bool:
+    """Return whether --init_from or --branch_from names the weights that a run began with, however it is spelled."""
+    if not before or not name or name in published.MODELS:  # these would have to be downloaded first
+        return False
+    if os.path.exists(name) and os.path.exists(before) and os.path.samefile(name, before):
+        return True
+    try:
+        return bool(state["origin_sha256"]) and hash_weights(read_model(name)[1]) == state["origin_sha256"]
+    except (OSError, UserError):
+        return False
+
+
 def newest_or_error(folder) -> str | None:
     """Return newest(folder). Raises UserError if there are checkpoints but none is whole."""
     path = newest(folder)
@@ -91,12 +126,16 @@ def newest_or_error(folder) -> str | None:
 
 def check_same_experiment(config, state: dict, free: set[str], path) -> None:
     """Raise UserError if a setting that is not free differs from that in the checkpoint."""
+    check_settings(config, state, path)
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        before = state["train_config"].get(name, value)
+        before = state["train_config"].get(name, field.default)  # what an earlier version did
+        if name in free or before == value or (name == "dtype" and value == "auto"):
+            continue
         # with a hash of the data their folder may have moved
-        moved = name == "data" and "sha256" in state["data"]
-        if name in free or before == value or moved or (name == "dtype" and value == "auto"):
+        if name == "data" and ("sha256" in state["data"] or os.path.realpath(value) == os.path.realpath(before)):
+            continue
+        if name in ("init_from", "branch_from") and is_same_source(value, before, state):
             continue
         if name == "branch_from" and before == "":
             raise UserError(f"{Path(path).parent} already holds a run: choose another --out_dir for the branch")
@@ -108,17 +147,30 @@ def check_same_experiment(config, state: dict, free: set[str], path) -> None:
         raise UserError(f"the run of {path} has --{name} {before}, not {given}: {remedy}")
 
 
-def write(config, world, log, state: dict, prune_older: bool, required: bool) -> None:
+def check_settings(config, state: dict, path) -> None:
+    """Raise CheckpointError if the settings in a checkpoint are none that a run can have."""
+    names = {field.name for field in dataclasses.fields(config)}
+    settings = {name: value for name, value in state["train_config"].items() if name in names}
+    try:
+        known = dataclasses.replace(config, **settings)
+    except (UserError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has been changed: {first_line(error)}") from error
+    if not 0 <= state["step"] <= known.max_steps:
+        raise CheckpointError(f"{path} has been changed: it is of step {state['step']} of {known.max_steps}")
+
+
+def write(config, world, log, state: dict, prune_older: bool, required: bool = False, name: str = "") -> None:
     """Have rank 0 write a checkpoint into out_dir, after syncing the log, and delete older ones if `prune_older`.
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
-    rank.
+    rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
     """
     def action() -> None:
+        log.keep_folder()
         try:
             log.sync()
-            save(config.out_dir, state["step"], state)
-            if prune_older:
+            save(config.out_dir, state["step"], state, name)
+            if prune_older and not name:
                 prune(config.out_dir, config.keep_checkpoints, state["step"])
         except OSError as error:
             print0(f"warning: {error}; the checkpoints before it stay")
@@ -136,7 +188,39 @@ def lock(folder):
     return files.lock(folder, "another run is training into", "choose another --out_dir")
 
 
-def save(folder, step: int, state: dict) -> Path:
+@contextlib.contextmanager
+def hold(folder, world):
+    """Hold a run's folder for all ranks; yields the lock on rank 0, None on the others.
+
+    Raises OSError on every rank if another process holds it.
+    """
+    if world.world_size == 1:
+        check_launcher()
+    with contextlib.ExitStack() as stack:
+        held = []
+        world.from_rank0(lambda: held.append(stack.enter_context(lock(folder))))
+        yield held[0] if held else None
+
+
+@contextlib.contextmanager
+def saved_on_errors(run):
+    """Save the steps that a Run has finished before an error of any kind is passed on.
+
+    An error in the middle of an update leaves nothing to save.
+    """
+    try:
+        yield
+    except CheckpointError:  # there is no room for one
+        raise
+    except BaseException:
+        if run.is_whole and run.step > 0:
+            run.raw_model.zero_grad(set_to_none=True)  # in case that memory has run out
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                run.save()
+        raise
+
+
+def save(folder, step: int, state: dict, name: str = "") -> Path:
     """Write `state` to folder/model_{step:06d}.pt, so that at any instant the file is either absent or whole.
 
     Raises CheckpointError, leaving no partial file, if it cannot be written (a full disk, a read-only folder) or holds
@@ -144,7 +228,7 @@ def save(folder, step: int, state: dict) -> Path:
     """
     if bad := find_not_finite(state):
         raise CheckpointError(f"after step {step} {bad} is not finite: no checkpoint of it is kept")
-    path = Path(folder) / f"model_{step:06d}.pt"
+    path = Path(folder) / (name or f"model_{step:06d}.pt")
     try:
         remove_temporary(folder)  # as large as checkpoints: a killed writer's may be what has filled the disk
         with atomic_write(path) as file:
@@ -232,6 +316,8 @@ def upgrade(state: dict) -> None:
     state.setdefault("data", {"n_windows": config.pop("n_windows", None)})
     state.setdefault("scaler", {})
     state.setdefault("evaluated", True)
+    state.setdefault("best_val_loss", math.inf)
+    state.setdefault("origin_sha256", "")
     for gone in ("position", "recipe"):  # the position follows from the step; the settings say what a recipe had set
         state.pop(gone, None)
         config.pop(gone, None)
@@ -292,7 +378,7 @@ def prune(folder, keep: int, step: int) -> None:
 
 def remove_temporary(folder) -> None:
     """Delete what killed writers of checkpoints left behind."""
-    for path in Path(folder).glob("model_*.pt.tmp"):
+    for path in (*Path(folder).glob("model_*.pt.tmp"), *Path(folder).glob(f"{BEST}.tmp")):
         if path.is_file() or path.is_symlink():
             path.unlink(missing_ok=True)
 

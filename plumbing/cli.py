@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import os
 import re
@@ -19,12 +20,24 @@ class Stopped(Exception):
     """Raised on every rank when the ranks have agreed to stop, as one of them has received a signal."""
 
 
+def end_quietly() -> None:
+    """Have Ctrl-C end the process with one line at once, until run_command() begins."""
+    def end(signum, frame):
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
 def run_command(main, *arguments):
     """Call main(*arguments) as a command.
 
     An error that the user can mend ends in one line on stderr and exit code 2, FloatingPointError (a run that diverged)
     in one line and exit code 1. Bugs keep their traceback.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:  # from end_quietly()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process: no file opened later must take its number
@@ -73,13 +86,13 @@ def check_values(config) -> None:
     """Check the values of a dataclass by the types of its fields, in its __post_init__.
 
     Raises UserError, "--name is x, it must be y", for the first that is wrong. A str must not be empty unless it is so
-    by default; a path given for one becomes text.
+    by default; a path given for one becomes text, and ~ at its start the home folder.
     """
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
         if kind is str:
-            if value is not None and not isinstance(value, str):
-                value = str(value)
+            if value is not None and not (isinstance(value, str) and value[:1] != "~"):
+                value = os.path.expanduser(str(value))  # the shell expands ~ only where a word begins
                 object.__setattr__(config, field.name, value)  # a frozen dataclass too
             wrong = "a name or a path" if value == "" and field.default != "" else ""
         else:
@@ -175,6 +188,11 @@ class OneLineParser(argparse.ArgumentParser):
         for old, new in RENAMED.items():
             if f"--{old}" in message.replace("=", " ").split():
                 raise UserError(f"--{old} is now --{new} (--help lists every flag)")
+        given = re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2])
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for flag in given[:1]:
+            if likely := difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, 1, 0.8):
+                message += f": did you mean {likely[0]}?"
         raise UserError(f"{message} (--help lists every flag)")
 
 

@@ -12,8 +12,9 @@ import re
 from pathlib import Path
 
 from plumbing import published
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, set_aside
 
+PROGRAM = "train_gpt2.py"  # as a picture names what has drawn it
 STYLES = (  # color, line and marker of each run; dark and light alternate, so that greyscale keeps them apart
     ("#08306b", "-", "o"), ("#fd8d3c", "-", "s"), ("#00441b", "--", "^"), ("#df65b0", "--", "D"),
     ("#252525", "-.", "v"), ("#41b6c4", "-.", "P"),
@@ -107,7 +108,10 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
     Raises OSError if it cannot be written, and ModuleNotFoundError if matplotlib is missing.
     """
     out, picture = Path(out), io.BytesIO()
-    make_figure(runs, x).savefig(picture, format=out.suffix[1:])
+    is_png = out.suffix == ".png"
+    make_figure(runs, x).savefig(picture, format=out.suffix[1:], metadata={"Software": PROGRAM} if is_png else None)
+    if is_png and out.is_file() and PROGRAM.encode() not in out.read_bytes()[:1000]:
+        set_aside(out, "is no picture of a run")
     with atomic_write(out) as file:
         file.write(picture.getvalue())
 

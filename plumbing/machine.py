@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing.cli import UserError, require
+from plumbing.cli import UserError, check_values, require
 
 # Dense bf16 TFLOP/s without sparsity (fp16 on cards that lack it), from NVIDIA's data sheets; the first entry found in
 # the device's name counts.
@@ -240,6 +240,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
+def check_settings(config) -> None:
+    """Raise UserError if a setting of a TrainConfig has a wrong value, or contradicts another one."""
+    check_values(config)
+    require(config, "min_lr", config.min_lr <= config.max_lr, f"at most max_lr, {config.max_lr}")
+    most = max(0, config.max_steps - config.warmup_steps)
+    fits = config.decay_steps <= most or config.max_steps == 0
+    require(config, "decay_steps", fits, f"at most max_steps - warmup_steps, {most}")
+    used = config.hellaswag_every or not (config.hellaswag_data or config.hellaswag_limit)
+    require(config, "hellaswag_every", used, "more than 0 to use HellaSwag's other flags")
+
+
 def resolve(config, state: dict | None, model, world):
     """Replace every "auto" in a TrainConfig by what suits this machine.
 
@@ -424,11 +435,22 @@ def describe_device(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes, and the commit of this code if it is a git checkout."""
-    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    """Return the versions of what computes, and the commit of this code if it is a git checkout of its own."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(Path(__file__).parents[1])}
+
+
+def commit(folder: Path) -> str:
+    """Return the commit that is checked out in `folder`, with "-dirty" if a file has been edited; empty if none is.
+
+    A repository that `folder` only lies in is another project's.
+    """
+    def git(*words: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        result = subprocess.run(["git", *words], cwd=folder, env=environment, capture_output=True, text=True)
+        return result.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        found["commit"] = commit.stdout.strip()
-    except OSError:
-        found["commit"] = ""
-    return found
+        is_own = os.path.realpath(git("rev-parse", "--show-toplevel") or os.sep) == os.path.realpath(folder)
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") if is_own else ""
+    except (OSError, ValueError):  # no git, or a name that is not UTF-8
+        return ""

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from plumbing import machine
-from plumbing.cli import Stopped, UserError
+from plumbing.cli import Stopped, UserError, print0
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
+COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what srun and mpirun tell each copy
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     autocast: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)  # of matrix products
     stop: threading.Event = field(default_factory=threading.Event)  # set when this process receives a signal
+
+    @property
+    def double(self) -> torch.dtype:
+        """Return the type to sum many numbers in: float64, but on MPS, which has none."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def from_rank0(self, action):
         """Run action() on rank 0 and return its result, which must be picklable, on every rank.
@@ -126,3 +132,21 @@ def fresh_store(rank: int, world_size: int):
             return dist.PrefixStore(seen[0].decode(), store)
         time.sleep(0.02)
     raise ConnectionError("the other ranks did not come within half an hour: are they all running?")
+
+
+def check_launcher() -> None:
+    """Raise UserError if srun or mpirun has started several copies of this, which would not know of each other."""
+    def number(name: str) -> int:
+        value = os.environ.get(name, "")
+        return int(value) if value.isdecimal() else 0
+
+    if "RANK" in os.environ:
+        return
+    if number("SLURM_PROCID") > 0 or any(number(name) > 1 for name in COPIES):
+        raise UserError(
+            "srun or mpirun has started several copies of this command, each of which would train alone: start one "
+            "torchrun per node, such as srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 "
+            "--rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID --rdzv_endpoint=HOST:29500 train_gpt2.py; for several runs at "
+            f"once unset {', '.join(('SLURM_PROCID', *COPIES))}")
+    if number("SLURM_NTASKS") > 1 and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        print0(f"note: of SLURM's {number('SLURM_NTASKS')} tasks this is one process; torchrun starts one per GPU")

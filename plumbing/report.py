@@ -9,6 +9,7 @@ weights, and reached OpenAI's loss on the same tokens in windows of the same len
 `--init_from gpt2 --eval_only` has measured on the run's validation split, or the published one if the manifest of the
 data shows the source that it belongs to. Numbers are compared as they are printed, with four decimals.
 """
+import hashlib
 import json
 import math
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 from plumbing import curve, published
 from plumbing.cli import clock
 from plumbing.curve import last
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, set_aside
 from plumbing.shards import FINEWEB_EDU
 
 
@@ -237,9 +238,19 @@ def write_report(folder) -> Path:
     picture = "![training and validation loss](loss.png)\n\n" if (folder / "loss.png").exists() else ""
     text = (f"# {folder}\n\n**{verdict(folder, lines)}**\n\n{picture}{results(folder, lines)}\n\n{facts(lines)}\n\n"
             f"{not_measured(lines)}\n")
-    with atomic_write(folder / "report.md") as file:
-        file.write(text.encode("utf-8", errors="backslashreplace"))  # names of files need not be UTF-8
-    return folder / "report.md"
+    path, content = folder / "report.md", text.encode("utf-8", errors="backslashreplace")  # names need not be UTF-8
+    if path.is_file():
+        before, _, signature = path.read_bytes().rpartition(b"\n<!-- ")
+        if signature != sign(before):
+            set_aside(path, "is not as it was written here")
+    with atomic_write(path) as file:
+        file.write(content + b"\n<!-- " + sign(content))
+    return path
+
+
+def sign(content: bytes) -> bytes:
+    """Return the comment that ends a report, by which one that somebody has edited or brought is known."""
+    return f"train_gpt2.py {hashlib.sha256(content).hexdigest()} -->\n".encode()
 
 
 def model_card(name: str, source: str, parameters: int, folder: Path | None, step: int) -> str:

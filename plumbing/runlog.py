@@ -1,30 +1,62 @@
 """What a person sees of a run: the summary, one line per step, log.jsonl, other loggers, loss.png, report.md."""
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 import os
 import shlex
-import sys
 import time
 import uuid
 from pathlib import Path
 
 import torch
 
-from plumbing import machine, reference, shards
+from plumbing import checkpoint, machine, reference, shards
 from plumbing.cli import UserError, clock, explain, plural, print0
-from plumbing.files import atomic_write, check_inside
+from plumbing.files import atomic_write, check_inside, identity, set_aside
 
 PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
 
 
-def command_line() -> str:
-    """Return the command that started this process, with torchrun in front if it started several on this machine."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
-    return f"{launcher} {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
+def changed_flags(config, default) -> list[str] | None:
+    """Return the flags that make `default` into `config`; None if no flag can, as for compile=None."""
+    words = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value == getattr(default, name):
+            continue
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return words
+
+
+def command_line(config, presets: dict[str, dict], world) -> str:
+    """Return the command that gives these settings, whatever program has asked for them.
+
+    It names the preset that leaves the fewest flags to give; the first one's settings are the defaults.
+    """
+    choices = []
+    for name, preset in presets.items():
+        flags = changed_flags(config, dataclasses.replace(type(config)(), **preset))
+        if flags is not None:
+            named = preset or Path(config.data).is_file()  # for a text file, demo is the default
+            choices.append([*(["--preset", name] if named else []), *flags])
+    launcher = ["python"]
+    if world.world_size > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+        several = f"--nnodes={world.world_size // here}" if here < world.world_size else "--standalone"
+        launcher = ["torchrun", several, f"--nproc_per_node={here}"]
+    return shlex.join([*launcher, "train_gpt2.py", *min(choices, key=len)])
+
+
+def describe_start(config, presets: dict[str, dict], world, state: dict | None, resuming: bool = False) -> dict:
+    """Return the origin of a run's weights and the command that starts it, in words."""
+    return {"origin": checkpoint.describe_origin(config, state, resuming),
+            "command": command_line(config, presets, world)}
 
 
 class Tracker:
@@ -87,8 +119,9 @@ class RunLog:
     one line says so and training continues.
     """
 
-    def __init__(self, config, model, world):
+    def __init__(self, config, model, world, folder=None):
         self.config, self.model, self.world = config, model, world
+        self.folder = folder  # the Lock of out_dir, on rank 0 of a run that trains
         self.trains = config.max_steps > 0 and not config.eval_only
         self.flops_per_step = machine.flops_per_token(model, config.sequence_length) * config.total_batch_size
         self.peak = machine.peak_flops(world.device, getattr(torch, config.dtype)) * world.world_size
@@ -102,7 +135,7 @@ class RunLog:
         self.finished = False  # whether the run was so before it began
         self.path = Path(config.out_dir) / ("log.jsonl" if self.trains else "eval.jsonl")
 
-    def print_summary(self, train_loader, val_loader, reasons: dict[str, str], origin: str) -> None:
+    def print_summary(self, train_loader, val_loader, about: dict[str, str]) -> None:
         """Print all that is about to run, before it runs."""
         config, shape, parameters = self.config, self.model.config, self.model.count_parameters()
         T, ranks = config.sequence_length, self.world.world_size
@@ -113,10 +146,10 @@ class RunLog:
                     f"validate, {order}")
         rows = {
             "device": machine.describe_device(self.world.device),
-            "dtype": f"{config.dtype}: {reasons['dtype']}",
-            "compile": f"{'yes' if config.compile else 'no'}: {reasons['compile']}",
+            "dtype": f"{config.dtype}: {about['dtype']}",
+            "compile": f"{'yes' if config.compile else 'no'}: {about['compile']}",
             "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary of "
-                     f"{shape.vocab_size:,}: {parameters:,} parameters, {origin}",
+                     f"{shape.vocab_size:,}: {parameters:,} parameters, {about['origin']}",
             "data": f"{config.data}: {data}",
         }
         if train_loader:
@@ -139,20 +172,20 @@ class RunLog:
             print0(f"{topic:>8} | {text}")
         print0("-" * 100)
 
-    def start(self, train_loader, val_loader, reasons: dict[str, str], origin: str, evaluated: int = -1,
+    def start(self, train_loader, val_loader, about: dict[str, str], evaluated: int = -1,
               resumed_from: int | None = None) -> None:
         """Print the summary, open the log, start the logger, and append the line that tells what runs.
 
-        There is no train_loader if nothing is trained. `reasons` tell why dtype and compile were chosen, `origin` where
-        the weights come from. If the run is resumed, lines past that step are dropped, and of evaluations those past
-        `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
+        There is no train_loader if nothing is trained. `about` tells why dtype and compile were chosen, the origin of
+        the weights, and the command. If the run is resumed, lines past that step are dropped, and of evaluations those
+        past `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
         """
-        self.print_summary(train_loader, val_loader, reasons, origin)
+        self.print_summary(train_loader, val_loader, about)
         step = -1 if resumed_from is None else resumed_from
         self.world.from_rank0(lambda: self.open(step, evaluated))
         self.finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
         if self.world.rank == 0 and not self.finished:
-            self.write_run(origin, val_loader)
+            self.write_run(about, val_loader)
 
     def open(self, step: int, evaluated: int) -> None:
         """Open the log and start the logger, on rank 0."""
@@ -161,23 +194,41 @@ class RunLog:
         if self.trains:
             self._drop_after(step, evaluated)
             self.tracker = Tracker(self.config, step) if self.config.logger else None
-        self.file = open(self.path, "ab", buffering=0)
+        self.file = open(self.path, "a+b", buffering=0)
 
-    def write_run(self, origin: str, val_loader) -> None:
+    def keep_folder(self) -> None:
+        """Write the log anew, on rank 0, if it or the run's folder has been renamed or deleted.
+
+        Raises UserError if another run has taken the folder.
+        """
+        if self.folder is None:
+            return
+        if fate := self.folder.renew():
+            print0(f"warning: {self.config.out_dir}: {fate}; training goes on in a new one")
+        status = os.fstat(self.file.fileno())
+        if identity(self.path) == (status.st_dev, status.st_ino):
+            return
+        set_aside(self.path, "is not this run's log any more")
+        self.file.seek(0)
+        with atomic_write(self.path) as file:
+            file.write(self.file.read())
+        self.file.close()
+        self.file = open(self.path, "a+b", buffering=0)
+
+    def write_run(self, about: dict[str, str], val_loader) -> None:
         """Append the line that tells what runs: settings, versions, device, data, and whether the model is GPT-2."""
         data = shards.describe(self.config.data, val_loader.shards, self.config.val_tokens)
         self.write("run", config=dataclasses.asdict(self.config), versions=machine.versions(),
-                   device=machine.describe_device(self.world.device), origin=origin, ranks=self.world.world_size,
-                   command=command_line(), model=dataclasses.asdict(self.model.config), data=data,
-                   gpt2=reference.is_gpt2(self.model))
+                   device=machine.describe_device(self.world.device), origin=about["origin"],
+                   ranks=self.world.world_size, command=about["command"],
+                   model=dataclasses.asdict(self.model.config), data=data, gpt2=reference.is_gpt2(self.model))
 
     def _drop_after(self, step: int, evaluated: int) -> None:
         """Keep the lines up to `step`, of evaluations up to `evaluated`; a line torn by a crash goes too."""
-        if step < 0 and self.path.exists() and self.path.stat().st_size:
-            names = (self.path.with_name(f"{self.path.name}.old{i or ''}") for i in itertools.count())
-            older = next(path for path in names if not os.path.lexists(path))
-            print0(f"warning: {self.path} has no checkpoint to continue from: kept as {older}")
-            os.replace(self.path, older)
+        if step < 0:
+            for name in ("log.jsonl", "report.md", "loss.png"):
+                if (self.path.with_name(name)).is_file():
+                    set_aside(self.path.with_name(name), "has no checkpoint to continue from")
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
@@ -269,6 +320,7 @@ class RunLog:
         seconds = time.perf_counter() - self.drawn
         draws = self.trains and step < self.config.max_steps  # the last picture is drawn at the end
         if self.world.rank == 0 and draws and seconds >= PICTURE_SECONDS:
+            self.keep_folder()
             self._try("loss.png", self._draw)
             self.drawn = time.perf_counter()
 

@@ -1,5 +1,6 @@
 """Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command."""
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import ENCODING, flags, needs, read_log, run, write_shards
 from test_data import spoil
 
+import train_gpt2
 from plumbing import checkpoint
 
 
@@ -137,8 +139,9 @@ def test_checkpoints_that_are_not_ours(finished_run, tmp_path):
     torch.save({"weights": torch.zeros(3)}, out / "model_000005.pt")
     assert "no checkpoint in" in error_of(flags(data=data, out_dir=out))
     assert (out / "model_000005.pt").exists()
+    settings = asdict(train_gpt2.parse_args(flags(data=data, out_dir=out)))
     state = {key: kind() for key, kind in checkpoint.KEYS.items()} | {"model_config": {"n_layer": 1}}
-    checkpoint.save(out, 6, state)
+    checkpoint.save(out, 6, {**state, "train_config": settings})
     assert "the weights in" in error_of(flags(data=data, out_dir=out))
 
 

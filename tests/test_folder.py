@@ -1,0 +1,148 @@
+"""A run's folder that is renamed, deleted or taken while the run lives; files in it that are another's."""
+import json
+import os
+import threading
+
+import pytest
+from conftest import flags, read_log, write_shards
+from test_train import assert_same_run
+
+import train_gpt2
+from plumbing import checkpoint, files
+from plumbing.cli import UserError
+
+
+def train(out, data, **changes) -> float:
+    """Train in this process; returns the validation loss."""
+    return train_gpt2.main(train_gpt2.parse_args(flags(data=data, out_dir=out, **changes)))
+
+
+def during(monkeypatch, step: int, action) -> None:
+    """Have `action` done after a step of training, in the middle of the run."""
+    log_step = train_gpt2.RunLog.train
+
+    def logged(self, done, *arguments):
+        log_step(self, done, *arguments)
+        if done == step:
+            action()
+
+    monkeypatch.setattr(train_gpt2.RunLog, "train", logged)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_shards(tmp_path / "data")
+
+
+@pytest.fixture
+def whole(data, tmp_path):
+    """The folder of an undisturbed run."""
+    train(tmp_path / "whole", data)
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("fate", ["renamed", "deleted", "lock deleted", "log deleted"])
+def test_a_folder_that_has_gone_is_made_again_and_nothing_is_lost(fate, data, whole, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+
+    def act():
+        if fate == "renamed":
+            out.rename(tmp_path / "elsewhere")
+        elif fate == "deleted":
+            for path in out.iterdir():
+                path.unlink()
+            out.rmdir()
+        else:
+            (out / (".lock" if fate == "lock deleted" else "log.jsonl")).unlink()
+
+    during(monkeypatch, 3, act)
+    train(out, data)
+    said = capfd.readouterr().out
+    assert {"renamed": f"renamed to {tmp_path / 'elsewhere'}", "deleted": "it was deleted",
+            "lock deleted": ".lock was deleted", "log deleted": ""}[fate] in said
+    assert "disk full" not in said
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_run_whose_folder_another_run_has_taken_stops_and_leaves_it_alone(every, data, tmp_path, monkeypatch):
+    out, other = tmp_path / "out", {}
+
+    def act():
+        out.rename(tmp_path / "mine")
+        monkeypatch.undo()
+        train(out, data, seed=7)
+        other.update({path.name: path.read_bytes() for path in out.iterdir()})
+
+    during(monkeypatch, 3, act)
+    with pytest.raises(UserError, match=f"not this run's folder any more: it was renamed to {tmp_path / 'mine'}"):
+        train(out, data, checkpoint_every=every)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == other
+    assert len(read_log(tmp_path / "mine", "train")) == (3 if every else 6)  # its own log went on with its folder
+
+
+def test_a_live_run_holds_the_folder_that_replaced_a_deleted_one(tmp_path):
+    out = tmp_path / "out"
+    with checkpoint.lock(out) as held:
+        assert held.renew() == ""
+        (out / ".lock").unlink()
+        assert held.renew() == f"{out / '.lock'} was deleted"
+        refused = []
+
+        def second():  # filelock lets one thread lock again what it holds
+            with pytest.raises(OSError) as caught, checkpoint.lock(out):
+                pass
+            refused.append(str(caught.value))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert "another run is training into" in refused[0]
+    with checkpoint.lock(out):
+        pass
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="s3://bucket/run is an address"), checkpoint.lock("s3://bucket/run"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_of_others_are_set_aside_and_not_overwritten(data, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    texts = {"report.md": b"my thesis", "loss.png": b"my picture", "log.jsonl": b'{"my": "log"}\n'}
+    for name, text in texts.items():
+        (out / name).write_bytes(text)
+    train(out, data)
+    for name, text in texts.items():
+        assert (out / f"{name}.old").read_bytes() == text and (out / name).read_bytes() != text
+    assert capsys.readouterr().out.count("kept as") == 3
+    (out / "report.md").write_text((out / "report.md").read_text().replace("Not measured", "Measured, and I mean it"))
+    (out / "loss.png").write_bytes(b"another picture")
+    train(out, data)  # already finished: it writes both anew
+    assert "I mean it" in (out / "report.md.old1").read_text()
+    assert (out / "loss.png.old1").read_bytes() == b"another picture"
+    train(out, data)
+    assert not (out / "report.md.old2").exists() and not (out / "loss.png.old2").exists()
+
+
+def test_a_log_that_was_replaced_is_kept_beside_the_whole_one(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def act():  # as editors save
+        (out / "edited").write_text(json.dumps({"kind": "note"}) + "\n")
+        (out / "edited").replace(out / "log.jsonl")
+
+    during(monkeypatch, 3, act)
+    train(out, data)
+    assert "note" in (out / "log.jsonl.old").read_text()
+    assert_same_run(whole, out)
+
+
+def test_set_aside_takes_the_next_free_name(tmp_path):
+    for text in ("a", "b", "c"):
+        (tmp_path / "x").write_text(text)
+        files.set_aside(tmp_path / "x", "is old")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.old": "a", "x.old1": "b", "x.old2": "c"}

@@ -1,0 +1,131 @@
+"""What an error of any kind leaves behind: the finished steps. And the checkpoint of the lowest validation loss."""
+import math
+
+import pytest
+import torch
+from conftest import ENCODING, flags, needs, read_log, run
+from test_train import assert_same_run, final_state, same
+
+import hellaswag
+import train_gpt2
+from plumbing import checkpoint
+
+
+def train(out, data, **changes) -> float:
+    """Train in this process; returns the validation loss."""
+    return train_gpt2.main(train_gpt2.parse_args(flags(data=data, out_dir=out, **changes)))
+
+
+def failing(monkeypatch, owner, name: str, error: BaseException, call: int) -> None:
+    """Have a function raise an error at the end of its `call`-th call."""
+    works, calls = getattr(owner, name), []
+
+    def fails(*arguments, **options):
+        calls.append(name)
+        result = works(*arguments, **options)
+        if len(calls) == call:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, fails)
+
+
+@pytest.mark.parametrize("owner, name, call, step, error", [
+    (train_gpt2, "evaluate_val_loss", 2, 3, MemoryError()),
+    (train_gpt2, "evaluate_val_loss", 3, 6, torch.OutOfMemoryError("CUDA out of memory")),
+    (train_gpt2.DataLoaderLite, "batch", 20, 4, OSError("shard x was cut")),
+    (train_gpt2.DataLoaderLite, "batch", 20, 4, SystemExit(3)),
+    (train_gpt2.RunLog, "train", 5, 5, FloatingPointError("diverged")),
+    (train_gpt2.RunLog, "train", 5, 5, RuntimeError("a bug"))])
+def test_an_error_costs_no_finished_step(owner, name, call, step, error, shard_folder, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(whole, shard_folder, checkpoint_every=0)
+    failing(monkeypatch, owner, name, error, call)
+    with pytest.raises((type(error), train_gpt2.cli.UserError)):
+        train(out, shard_folder, checkpoint_every=0)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.listing(out)] == [f"model_{step:06d}.pt"]
+    train(out, shard_folder, checkpoint_every=0)
+    assert_same_run(whole, out)
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing_torn(shard_folder, tmp_path, monkeypatch):
+    failing(monkeypatch, torch.optim.Muon, "step", RuntimeError("a bug"), 4)  # AdamW has stepped, Muon has not
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(tmp_path / "out", shard_folder, optimizer="muon")
+    assert [path.name for path in checkpoint.listing(tmp_path / "out")] == ["model_000002.pt"]
+
+
+@needs(*ENCODING)
+def test_an_error_in_hellaswag_or_a_sample_costs_no_finished_step(shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "sample_text", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "a", shard_folder, checkpoint_every=0, sample_every=4)
+    assert not checkpoint.listing(tmp_path / "a")  # that was before the first step
+    example = {"ctx": "A man sits.", "endings": ["He reads.", "He is.", "A.", "B."], "label": 0}
+    monkeypatch.setattr(hellaswag, "examples_for_training", lambda *arguments: [example])
+    monkeypatch.setattr(hellaswag, "evaluate", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "b", shard_folder, checkpoint_every=0, hellaswag_every=4)
+    assert [path.name for path in checkpoint.listing(tmp_path / "b")] == ["model_000004.pt"]
+
+
+ONE_RANK_FAILS = """
+import sys
+import train_gpt2
+from plumbing import cli
+evaluate = train_gpt2.evaluate_val_loss
+def evaluate_val_loss(model, loader, *rest):
+    loss = evaluate(model, loader, *rest)
+    calls.append(loss)
+    if len(calls) == 2 and loader.world.rank == 1:
+        1 / 0
+    return loss
+calls = []
+train_gpt2.evaluate_val_loss = evaluate_val_loss
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
+
+
+def test_keep_best_keeps_the_lowest_validation_loss_across_a_restart(shard_folder, tmp_path, monkeypatch):
+    losses = {0: 9.0, 2: 7.0, 4: 5.0, 6: 8.0}
+
+    def train_best(out, **changes):
+        played = iter(losses.values())
+        monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments: next(played))
+        return train(out, shard_folder, val_every=2, keep_checkpoints=9, keep_best=True, **changes)
+
+    train_best(tmp_path / "out")
+    best = checkpoint.load(tmp_path / "out" / checkpoint.BEST)
+    numbered = checkpoint.load(tmp_path / "out" / "model_000004.pt")
+    assert best["step"] == 4 and best["val_loss"] == best["best_val_loss"] == 5.0
+    assert same(best["model"], numbered["model"]) and same(best["optimizers"], numbered["optimizers"])
+    assert final_state(tmp_path / "out")["best_val_loss"] == 5.0
+    (tmp_path / "out" / "model_000006.pt").unlink()
+    losses = {4: 5.0, 6: 8.0}
+    train_best(tmp_path / "out")
+    assert checkpoint.load(tmp_path / "out" / checkpoint.BEST)["step"] == 4
+    assert final_state(tmp_path / "out")["best_val_loss"] == 5.0
+    assert checkpoint.newest(tmp_path / "out").name == "model_000006.pt"  # which is what resumes
+    assert train_gpt2.GPT.load(tmp_path / "out" / checkpoint.BEST).count_parameters() > 0
+
+
+def test_without_keep_best_there_is_none_and_it_may_be_added_later(shard_folder, tmp_path):
+    train(tmp_path / "out", shard_folder)
+    assert not (tmp_path / "out" / checkpoint.BEST).exists()
+    assert final_state(tmp_path / "out")["best_val_loss"] == math.inf
+    (tmp_path / "out" / "model_000006.pt").unlink()
+    train(tmp_path / "out", shard_folder, keep_best=True)
+    assert checkpoint.load(tmp_path / "out" / checkpoint.BEST)["step"] == 6
+
+
+@pytest.mark.dist
+def test_two_ranks_keep_the_best_and_the_steps_before_an_error(shard_folder, tmp_path):
+    script = tmp_path / "fail.py"
+    script.write_text(ONE_RANK_FAILS)
+    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", checkpoint_every=0, keep_best=True)
+    result = run(arguments, ranks=2, script=script)
+    assert result.returncode != 0 and "ZeroDivisionError" in result.stderr
+    assert (tmp_path / "out" / checkpoint.BEST).exists()
+    assert [path.name for path in checkpoint.listing(tmp_path / "out")] == ["model_000003.pt"]
+    assert len(read_log(tmp_path / "out", "train")) >= 3
