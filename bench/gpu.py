@@ -257,7 +257,7 @@ def train(settings: dict) -> dict:
 
     train_gpt2.RunLog = WatchedLog
     train_gpt2.Run.evaluate = lambda run: None
-    train_gpt2.Run.save = lambda run, required=False: None
+    train_gpt2.Run.save = lambda run, **options: None
     with tempfile.TemporaryDirectory() as out_dir, hold_memory(settings.get("held", 0)):
         train_gpt2.main(train_gpt2.TrainConfig(
             data=settings["data"], out_dir=settings.get("out_dir", out_dir), model=config.model, warmup_steps=20,

@@ -15,10 +15,10 @@ import sys
 import train_gpt2
 from plumbing import checkpoint, cli
 original = checkpoint.save
-def save(folder, step, state):
+def save(folder, step, state, name=""):
     if step == 6:
         raise checkpoint.CheckpointError("cannot write model_000006.pt, is the disk full?")
-    return original(folder, step, state)
+    return original(folder, step, state, name)
 checkpoint.save = save
 cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """

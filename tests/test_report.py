@@ -58,7 +58,7 @@ def test_the_report_says_what_the_log_says(finished):
     assert f"{statistics.median(line['tok_per_s'] for line in train):,.0f} tokens/s" in text
     assert f"MFU {statistics.median(line['mfu'] for line in train):.1%}" in text
     assert f"torch {torch.__version__}" in text
-    assert re.search(r"`python train_gpt2\.py --n_layer 2 .*` \(2 times: it was resumed\)", text)
+    assert re.search(r"`python train_gpt2\.py --data .* --n_layer 2 .*` \(2 times: it was resumed\)", text)
     assert "![training and validation loss](loss.png)" in text and (finished / "loss.png").exists()
     assert FINEWEB in text and "from new weights" in text
     assert "No reproduction of GPT-2 124M: the model has another shape" in text
