@@ -398,8 +398,7 @@ class Run:
     def __init__(self, config: TrainConfig, world: World, folder: files.Lock | None):
         state, resuming = checkpoint.to_continue(config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
         self.raw_model = build_model(config, state).to(world.device)  # the plain module
-        self.origin_sha256 = checkpoint.origin_hash(config, state, resuming, self.raw_model)
-        about = describe_start(config, PRESETS, world, state, resuming)
+        self.start = describe_start(config, PRESETS, world, self.raw_model, state, resuming)
         config, world, reasons = machine.resolve(config, state, self.raw_model, world)
         self.config, self.world = config, world  # no setting is "auto" any more
         vocab_size = self.raw_model.config.vocab_size
@@ -421,8 +420,7 @@ class Run:
         self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world) if needed else []
         self.model = parallelize(self.raw_model, config, world)  # compiled and wrapped
         self.log = RunLog(config, self.raw_model, world, folder)
-        self.log.start(self.train_loader, self.val_loader, about | reasons, self.evaluated,
-                       resumed_from=self.step if resuming else None)
+        self.log.start(self.train_loader, self.val_loader, self.start | reasons, self.evaluated)
 
     def is_due(self, every: int) -> bool:
         """Return True at every multiple of `every`, and after the last step."""
@@ -460,10 +458,9 @@ class Run:
             "step": self.step,  # steps done, from which the position in the data follows
             "val_loss": self.val_loss,  # the last one
             "best_val_loss": self.best_val_loss,
-            "origin_sha256": self.origin_sha256,  # of the weights of --init_from or --branch_from
+            "origin_sha256": self.start["origin_sha256"],  # of the weights of --init_from or --branch_from
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        # a run that diverges must not delete its good checkpoints
         checkpoint.write(self.config, self.world, self.log, state, self.finite, required, name)
 
     def train(self) -> float:
@@ -536,11 +533,11 @@ def evaluate_only(config: TrainConfig, world: World) -> float:
     state = checkpoint.to_evaluate(config, world)
     step = state["step"] if state else 0
     raw_model = build_model(config, state).to(world.device)
-    about = describe_start(config, PRESETS, world, state)
+    start = describe_start(config, PRESETS, world, raw_model, state)
     config, world, reasons = machine.resolve(config, None, raw_model, world)
     loader = DataLoaderLite(config, "val", world, raw_model.config.vocab_size)
     log = RunLog(config, raw_model, world)
-    log.start(None, loader, about | reasons)
+    log.start(None, loader, start | reasons)
     val_loss = evaluate_val_loss(parallelize(raw_model, config, world), loader, config.val_tokens, world)
     log.val(step, val_loss)
     if config.sample_every:
@@ -595,7 +592,6 @@ def main(config: TrainConfig) -> float:
             return evaluate_only(config, world)
         with checkpoint.hold(config.out_dir, world) as folder:
             run = Run(config, world, folder)
-            # run.config has the B to suggest a smaller one
             with machine.explained_errors(run.config), checkpoint.saved_on_errors(run):
                 return run.train()
 

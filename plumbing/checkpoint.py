@@ -164,6 +164,7 @@ def write(config, world, log, state: dict, prune_older: bool, required: bool = F
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
     rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
+    Without `prune_older` a run that diverges keeps its good ones.
     """
     def action() -> None:
         log.keep_folder()

@@ -53,10 +53,12 @@ def command_line(config, presets: dict[str, dict], world) -> str:
     return shlex.join([*launcher, "train_gpt2.py", *min(choices, key=len)])
 
 
-def describe_start(config, presets: dict[str, dict], world, state: dict | None, resuming: bool = False) -> dict:
-    """Return the origin of a run's weights and the command that starts it, in words."""
-    return {"origin": checkpoint.describe_origin(config, state, resuming),
-            "command": command_line(config, presets, world)}
+def describe_start(config, presets: dict[str, dict], world, model, state: dict | None, resuming: bool = False) -> dict:
+    """Describe how a run starts: with which command, from which weights, and after which step if it is resumed."""
+    return {"command": command_line(config, presets, world),
+            "origin": checkpoint.describe_origin(config, state, resuming),
+            "origin_sha256": checkpoint.origin_hash(config, state, resuming, model),
+            "resumed_from": state["step"] if resuming else None}
 
 
 class Tracker:
@@ -172,16 +174,15 @@ class RunLog:
             print0(f"{topic:>8} | {text}")
         print0("-" * 100)
 
-    def start(self, train_loader, val_loader, about: dict[str, str], evaluated: int = -1,
-              resumed_from: int | None = None) -> None:
+    def start(self, train_loader, val_loader, about: dict, evaluated: int = -1) -> None:
         """Print the summary, open the log, start the logger, and append the line that tells what runs.
 
-        There is no train_loader if nothing is trained. `about` tells why dtype and compile were chosen, the origin of
-        the weights, and the command. If the run is resumed, lines past that step are dropped, and of evaluations those
-        past `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
+        There is no train_loader if nothing is trained. `about` is what describe_start() returns, and why dtype and
+        compile were chosen. If the run is resumed, lines past that step are dropped, and of evaluations those past
+        `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
         """
         self.print_summary(train_loader, val_loader, about)
-        step = -1 if resumed_from is None else resumed_from
+        step = -1 if about["resumed_from"] is None else about["resumed_from"]
         self.world.from_rank0(lambda: self.open(step, evaluated))
         self.finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
         if self.world.rank == 0 and not self.finished:

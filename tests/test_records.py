@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import flags, read_log, run
+from conftest import ROOT, flags, read_log, run
 
 import train_gpt2
 from plumbing import checkpoint, machine, ranks, runlog
@@ -193,3 +193,15 @@ def test_a_single_process_in_a_larger_job_is_not_refused(monkeypatch, capsys):
 def test_a_mistyped_flag_is_told_the_one_that_was_meant(given, meant):
     with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
         parse_args([given, "3"])
+
+
+@pytest.mark.parametrize("script", ["train_gpt2", "plot"])
+def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(script, tmp_path):
+    interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    for name in ("numpy", "torch", "tqdm"):
+        (tmp_path / f"{name}.py").write_text(interrupted)
+    result = run([], script=ROOT / f"{script}.py", plain=True, PYTHONPATH=str(tmp_path), cwd=tmp_path)
+    if script == "plot":  # it imports nothing that takes a while
+        assert "no log.jsonl" in result.stderr
+    else:
+        assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
