@@ -92,7 +92,7 @@ def remedy(path: Path, suffix: str) -> str:
         return f"weights go to --init_from {quoted}"
     if suffix in PICKLES:
         return "pickles are never read, as they can run code: save its tokens with np.save as .npy, or its text as .txt"
-    renamed = path if path.suffix.lower() == suffix else path.with_name(path.name + suffix)
+    renamed = path if path.suffix == suffix else path.with_name(path.name + suffix)
     if reads(renamed.name):
         rename = "" if renamed == path else f"mv {quoted} {shlex.quote(str(renamed))}, then "
         column = "" if suffix == ".gz" else ", --text_column if they are not in the column 'text'"
@@ -113,4 +113,4 @@ def reads(name: str) -> bool:
     """Return whether fineweb.py reads files of this name."""
     from plumbing.texts import is_data
 
-    return is_data(name.lower())
+    return is_data(name)

@@ -47,7 +47,8 @@ def test_lines_of_endoftext_separate_documents(text, expected, tmp_path):
 
 
 @pytest.mark.parametrize("text", [f"He wrote {MARK} and stopped.\n", f"{MARK}{MARK}\n", f"{MARK} x\n", f"x{MARK}\n",
-                                  "<|endoftext|\n>\n", f"<{MARK}\n", "no mark\n\n\n at all\n", f"x\n{'ab ' * 2**19}{MARK}\n"])
+                                  "<|endoftext|\n>\n", f"<{MARK}\n", "no mark\n\n\n at all\n",
+                                  f"x\n{'ab ' * 2**19}{MARK}\n"])
 def test_elsewhere_endoftext_stays_text(text, tmp_path):
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     assert tokens_of(tmp_path / "x.txt") == gpt2_encoding().encode_ordinary(text)
