@@ -42,7 +42,19 @@ def kind_by_bytes(head: bytes) -> str:
         return ".html"
     if begin.startswith((b"<?xml", b"<mediawiki")):
         return ".xml"
-    return json_kind(head) if begin[:1] in (b"{", b"[") else ""
+    return json_kind(head) if begin[:1] in (b"{", b"[") else table_or_markup(head)
+
+
+def table_or_markup(head: bytes) -> str:
+    """Return ".csv" or ".tsv" if the first line names columns, text among them; ".html" if much of it is tags."""
+    first, _, rest = head.decode("utf-8-sig", errors="ignore").partition("\n")
+    for separator, suffix in ((",", ".csv"), ("\t", ".tsv")):
+        names = [name.strip().strip('"').lower() for name in first.split(separator)]
+        is_header = len(names) > 1 and all(re.fullmatch(r"\w{0,40}", name) for name in names)
+        if is_header and {"text", "content", "label", "title", "body"} & {*names} and separator in rest:
+            return suffix
+    tags = re.findall(rb"</?[A-Za-z][^<>]*>|<!--", head)
+    return ".html" if len(tags) > 9 and sum(map(len, tags)) > len(head) / 5 else ""
 
 
 def json_kind(head: bytes) -> str:
@@ -75,6 +87,8 @@ def refuse_other_kinds(path: Path, head: bytes) -> None:
     `head` are its first bytes. Code, Markdown and whatever else a person writes are text.
     """
     named, found = path.suffix.lower(), kind_by_bytes(head)
+    if found in (".html", ".csv", ".tsv") and named not in ("", ".txt", ".text"):
+        found = ""  # code may look so
     suffix = found or named
     known = (*PACKED, *TABLES, *DOCUMENTS, *WEIGHTS, *SHARDS, *PICKLES)
     if suffix in known:
@@ -95,10 +109,10 @@ def remedy(path: Path, suffix: str) -> str:
     renamed = path if path.suffix == suffix else path.with_name(path.name + suffix)
     if reads(renamed.name):
         rename = "" if renamed == path else f"mv {quoted} {shlex.quote(str(renamed))}, then "
-        column = "" if suffix == ".gz" else ", --text_column if they are not in the column 'text'"
+        column = "" if ".txt" in renamed.suffixes else " (with --text_column NAME if they are not in the column 'text')"
         return f"make shards of its texts: {rename}{shard_command(renamed)}{column}"
     if suffix in PACKED:
-        return f"unpack it: {PACKED[suffix]} {quoted}"
+        return f"unpack it: {'tar -xf' if '.tar' in path.suffixes else PACKED[suffix]} {quoted}"
     return "save the text in it as UTF-8 in a .txt file, or for fineweb.py as .jsonl or .parquet with a column 'text'"
 
 

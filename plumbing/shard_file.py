@@ -130,7 +130,8 @@ def open_shard(path: Path) -> Shard:
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # numpy passes on whatever Python's parser raises on a bad header
-        raise DataError(f"shard {path} cannot be used: {error}: prepare it again") from error
+        joint = "" if str(error).endswith(" else") else ":"
+        raise DataError(f"shard {path} cannot be used: {error}{joint} prepare it again") from error
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
@@ -149,10 +150,9 @@ def find_npy(path: Path) -> tuple[int, int]:
         raise ValueError(f"it does not start as .npy files do{seems(head)}")
     tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped only to read its header
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        wrong = f"it holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16"
-        if tokens.dtype.kind in "iu" and tokens.ndim == 1:
-            name = repr(str(path))
-            raise ValueError(f"{wrong}: if they are GPT-2's, np.save({name}, np.load({name}).astype('uint16')), else")
+        wrong, name = f"it holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16", repr(str(path))
+        if tokens.dtype.kind in "iu":
+            wrong += f": if they are GPT-2's, np.save({name}, np.load({name}).ravel().astype('uint16')), else"
         raise ValueError(wrong)
     if path.stat().st_size != tokens.offset + tokens.nbytes:
         raise ValueError("its size is not what its header says")

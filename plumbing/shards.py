@@ -69,7 +69,7 @@ def no_shards(folder: Path, split: str) -> DataError:
     """Return the error for a folder without shards of a split, with what to type for what is there instead."""
     first = itertools.islice(folder.rglob("*"), 10_000)  # somebody may name a whole disk
     files = [path for path in sorted(first) if path.is_file() and not path.name.startswith(".")]
-    shards = [path for path in files if path.suffix.lower() in file_kinds.SHARDS]
+    shards = [path for path in files if path.suffix.lower() in file_kinds.SHARDS and "model" not in path.name]
     texts = [path for path in files if path.suffix == ".txt" or file_kinds.reads(path.name)]
     below = [path for path in shards if path.parent != folder]
     unnamed = [path for path in shards if not splits_of(path)]

@@ -135,11 +135,11 @@ def check_text(path: Path) -> str:
             file.seek(0)
             while block := file.read(BLOCK):
                 hashed.update(block)
+                decode(decoder, block, path, position)
                 if b"\0" in block:
                     raise DataError(f"{path} has a NUL byte at byte {position + block.index(0):,}, which text does "
                                     f"not: remove them with tr -d '\\000' < {shlex.quote(str(path))} > NEW.txt")
-                decode(decoder, block, path, position)
-                controls += len(block) - len(block.translate(None, CONTROLS))
+                controls += count_controls(block)
                 blank = blank and not block.removeprefix(codecs.BOM_UTF8).strip()
                 position += len(block)
             decode(decoder, b"", path, position, final=True)
@@ -150,8 +150,14 @@ def check_text(path: Path) -> str:
     if blank:
         raise DataError(f"{path} is empty: name a file with text")
     if controls > position // 100:
-        raise DataError(f"{path} is not a text file: {controls / position:.0%} of it are control characters")
+        raise DataError(f"{path} is not a text file: {controls / position:.0%} of it are control characters: save its "
+                        "text as UTF-8")
     return hashed.hexdigest()
+
+
+def count_controls(block: bytes) -> int:
+    """Count the control characters that text does not have."""
+    return len(block) - len(block.translate(None, CONTROLS))
 
 
 def check_encoding(path: Path, head: bytes) -> None:
@@ -162,7 +168,7 @@ def check_encoding(path: Path, head: bytes) -> None:
     if not encoding and b"\0" in head[:4096]:  # where in four bytes it stands tells
         quarters = [head[i:4096:4] for i in range(4)]
         zeros = [quarter.count(0) / max(1, len(quarter)) for quarter in quarters]
-        often, never = [share > 0.1 for share in zeros], [share < 0.01 for share in zeros]
+        often, never = [share > 0.02 for share in zeros], [share < 0.001 for share in zeros]
         for name, pattern in (("UTF-32LE", "x!00"), ("UTF-32LE", "!000"), ("UTF-32BE", "00!x"), ("UTF-32BE", "000!"),
                               ("UTF-16LE", "!0!0"), ("UTF-16BE", "0!0!")):
             if all({"0": often, "!": never}.get(sign, [True] * 4)[i] for i, sign in enumerate(pattern)):
@@ -183,10 +189,12 @@ def decode(decoder, block: bytes, path: Path, position: int, final: bool = False
         place = f"at byte {position - len(pending) + error.start:,}"
         if final:
             raise not_utf8(path, "it ends within a character, as if it were cut", "-c -f UTF-8 ") from error
+        if count_controls(block) > len(block) / 100:
+            raise DataError(f"{path} is not a text file: it has control characters: save its text as UTF-8") from error
         if foreign > 20 * bad:
             raise not_utf8(path, f"it is, but for some bytes, the first {place}", "-c -f UTF-8 ") from error
         if is_western(block):
-            raise not_utf8(path, f"it seems to be Latin-1 or Windows-1252, first {place}",
+            raise not_utf8(path, f"it seems to be Windows-1252 (Windows-1250 if it is Central European), first {place}",
                            "-f WINDOWS-1252 ") from error
         raise not_utf8(path, f"it has other bytes, the first {place}", "-f ITS_ENCODING ") from error
 
@@ -199,7 +207,7 @@ def is_western(block: bytes) -> bool:
         letters = sum(letter.isalpha() or letter in signs for letter in high.decode("cp1252"))
     except UnicodeDecodeError:
         return False
-    return len(high) < len(block) / 4 and letters > len(high) / 2
+    return len(high) < len(block) / 4 and letters > 0.8 * len(high)
 
 
 def not_utf8(path: Path, what: str, flags: str) -> DataError:

@@ -221,6 +221,11 @@ NO_TEXT = [
     ("x.txt", b"\x80\x04.", "pickles are never read"), ("x.arrow", b"ARROW1\0\0", "be .arrow"),
     ("x.txt", '["one",\n "two"]', "be .json"), ("x.txt", '{"text": "' + "word " * 300_000 + '"}', "be .json"),
     ("x.txt", '[{"text": "' + "word " * 300_000 + '"}]', "be .json"),
+    ("x.txt", "id,text\n1,hello\n2,\"a, b\"\n", "be .csv"), ("x.txt", "label\ttext\n1\thello\n", "be .tsv"),
+    ("x.txt", "<div class='x'><p>Hello</p></div>\n" * 9, "be .html"), ("x.tar.gz", b"\x1f\x8b\x08", "tar -xf"),
+    ("x.txt", b"ID3" + bytes(range(256)) * 9, "has control characters"),
+    ("x.txt", "\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587\n".encode("utf-16-le") * 9, "-f UTF-16LE"),
+    ("x.txt", "za\u017c\u00f3\u0142\u0107 a wi\u0119c tak\n".encode("cp1250"), "1250 if it is Central|ITS_ENC"),
     ("x.rtf", "{\\rtf1 hello}", "be .rtf"), ("x.ipynb", '{\n "cells": []\n}', "be .json"),
     ("x.txt", TEXT.encode("utf-16"), "iconv -f UTF-16 "), ("x.txt", TEXT.encode("utf-16-le"), "iconv -f UTF-16LE "),
     ("x.txt", TEXT.encode("utf-16-be"), "iconv -f UTF-16BE "), ("x.txt", TEXT.encode("utf-32"), "iconv -f UTF-32 "),
@@ -240,7 +245,7 @@ def test_what_is_no_plain_text_is_refused(name, content, says, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     said = refusal(path)
-    assert str(path) in said and says in said, said
+    assert str(path) in said and any(part in said for part in says.split("|")), said
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "cp1252"])
@@ -257,7 +262,9 @@ def test_the_iconv_command_that_is_named_makes_utf8(encoding, tmp_path):
 @needs(*ENCODING)
 @pytest.mark.parametrize("name, text", [
     ("code.py", "def f(x):\n    return {'a': [1, 2]}\n"), ("README.md", "# Title\n\n<b>bold</b> text\n"),
-    ("x.txt", "{curly} words\nand [square] ones\n"), ("x.txt", "[Verse 1]\nLa la\n"), ("x.log", "\x1b[31mred\x1b[0m\n"),
+    ("x.txt", "{curly} words\nand [square] ones\n"), ("x.txt", "[Verse 1]\nLa la\n"),
+    ("x.txt", "Text, he said\nand on, and on\n"), ("x.html.j2", "<b>{{ x }}</b>\n"),
+    ("x.log", "\x1b[31mred\x1b[0m\n"),
     ("x.txt", "<html is how a page begins\n"), ("noname", "caf\u00e9 \u6f22\u5b57 \U0001f642\x0c\n"),
     ("x.txt", "PK, PAR1 and BZh are words\n"), ("x.txt", "\u00ff\u00fe\n"), ("x.txt", "{\"said\" he\n"),
     ("x.txt", "[1, 2]\n[3, 4]\n"), ("x.txt", "[\"Hello\", he said]\n"), ("x.txt", "[\"Hello\"] he said\n"),
