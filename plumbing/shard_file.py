@@ -250,14 +250,15 @@ def encoding_problem(tokens: np.ndarray, name: str) -> str:
                 "characters: name its text file instead, as --data input.txt; or delete meta.pkl if they are GPT-2's")
     if len(tokens) < 256:
         return ""
+    distinct = len(np.unique(tokens))
     for owner, ids in OTHER_ENCODINGS.items():
-        if all((tokens == each).mean() > 0.02 for each in ids):
+        if distinct > 300 and all((tokens == each).mean() > 0.02 for each in ids):
             return f"they seem to be {owner}: {again}"
     if np.isin(tokens, NOT_IN_TEXT).mean() > 0.01:
         return f"more than 1 % are bytes that no text has, so they seem to be another encoding's: {again}"
     if len(tokens) >= 10_000 and largest < 512 and (tokens < 128).mean() > 0.5:
         return f"the largest of {len(tokens):,} is {largest}, so they seem to be characters or bytes: {again}"
-    if largest < 40_000 and len(np.unique(tokens)) > 1500:
+    if largest < 40_000 and distinct > 1500:
         return (f"the largest of {len(tokens):,} is {largest}, so they seem to be those of a smaller encoding "
                 f"(GPT-2's ends at {VOCAB_SIZE - 1}): {again}")
     return ""
