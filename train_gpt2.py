@@ -252,7 +252,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 3. Data. Shards of uint16 tokens, memory-mapped, cut into windows of T tokens.
+# 3. Data. Shards of uint16 tokens, cut into windows of T tokens and read as they are needed.
 # -----------------------------------------------------------------------------
 
 class DataLoaderLite:
@@ -266,12 +266,12 @@ class DataLoaderLite:
         self.B, self.T, self.seed = config.micro_batch_size, config.sequence_length, config.seed
         self.world, self.vocab_size = world, min(vocab_size, VOCAB_SIZE)
         self.shuffle = config.shuffle and split == "train"
-        self.names, self.shards = zip(*shards.open_tokens(config.data, split, self.shuffle))
+        self.names, self.shards = zip(*shards.open_tokens(config.data, split, config.out_dir, world))
         counts = [max(0, len(shard) - 1) // self.T for shard in self.shards]  # windows per shard
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
-        self.sha256 = shards.check_samples(self.names, self.shards, self.vocab_size)
+        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size)
         self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can be in two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:

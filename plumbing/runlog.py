@@ -146,6 +146,9 @@ class RunLog:
             order = "shuffled" if config.shuffle else "in file order"
             data = (f"{train_loader.n_windows:,} windows of {T:,} tokens to train on, {val_loader.n_windows:,} to "
                     f"validate, {order}")
+        loaders = [loader for loader in (train_loader, val_loader) if loader]
+        if documents := shards.count_documents(config.data, loaders):
+            data = f"{documents:,} {plural(documents, 'document')} in {data}"
         rows = {
             "device": machine.describe_device(self.world.device),
             "dtype": f"{config.dtype}: {about['dtype']}",

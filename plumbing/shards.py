@@ -1,103 +1,94 @@
 """Token files: shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files. Each is checked when opened.
 
-    open_tokens(data, split, shuffle)    [(name, tokens), ...] for a folder of shards or a text file
-    read_ahead(tokens, start, stop)      has the system read tokens before they are needed
+    open_tokens(data, split, out_dir, world)    [(name, tokens), ...] for a folder of shards or a text file
+    read_ahead(tokens, start, stop)             has the system read tokens before they are needed
 
-Tokens are uint16 arrays. Those of shards are memory-mapped: opening ten billion of them reads a few pages.
+Tokens are uint16 arrays, or a Shard, which is sliced as one and reads only the slice: opening ten billion tokens reads
+a few pages.
 """
 import contextlib
 import hashlib
-import mmap
+import itertools
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import DataError, check_inside
+from plumbing import file_kinds
+from plumbing.files import DataError
 from plumbing.manifest import read_record
+from plumbing.shard_file import Shard, check_gpt2, check_tokens, more_windows, open_shard, sample_windows
+from plumbing.tokenizer import EOT, VOCAB_SIZE
 
 # the source that fineweb.py reads by default
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
+SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # words in the names of shards
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".npz", ".lz4")
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Open one shard as a memory-mapped uint16 array.
-
-    A .npy file is what np.save writes. A .bin file is llm.c's: a header of 256 int32 (20240520, version 1, number of
-    tokens), then the tokens. train.bin and val.bin may also be nanoGPT's: tokens without a header. Raises DataError if
-    the file is anything else.
-    """
-    check_inside(path)
-    try:
-        if path.suffix == ".npy":
-            with open(path, "rb") as file:
-                if file.read(6) != b"\x93NUMPY":
-                    raise ValueError("it does not start as .npy files do")
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            if tokens.dtype != np.uint16 or tokens.ndim != 1:
-                raise ValueError(f"it holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16")
-            if path.stat().st_size != tokens.offset + tokens.nbytes:
-                raise ValueError("its size is not what its header says")
-            return tokens
-        header = np.fromfile(path, dtype=np.int32, count=256)
-        if header.size and header[0] == 20240520:
-            if header[1:2] != 1:
-                raise ValueError("its header is not of version 1, GPT-2 tokens in uint16")
-            if header.size < 256 or path.stat().st_size != 1024 + 2 * int(header[2]):
-                raise ValueError("its size is not what its header says")
-            return np.memmap(path, dtype=np.uint16, mode="r", offset=1024)
-        if path.name not in ("train.bin", "val.bin"):
-            raise ValueError("it does not start with the magic number 20240520")
-        return np.memmap(path, dtype=np.uint16, mode="r")
-    except Exception as error:  # numpy passes on whatever Python's parser raises on a bad header
-        raise DataError(f"shard {path} cannot be used: {error}: prepare it again") from error
-
-
-def read_text(path: Path, split: str) -> np.ndarray:
-    """Encode a UTF-8 text file and return the uint16 tokens of one split: the last tenth is val, the rest train."""
-    from plumbing.tokenizer import encode
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text file ({error}): save it as UTF-8, or name a folder of shards "
-                        "instead") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty: name a file with text")
-    tokens = np.array(encode(text), dtype=np.uint16)
-    boundary = len(tokens) - len(tokens) // 10
-    return tokens[:boundary] if split == "train" else tokens[boundary:]
-
-
-def open_tokens(data, split: str, shuffle: bool = False) -> list[tuple[str, np.ndarray]]:
+def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.ndarray | Shard]]:
     """Return (name, tokens) for every shard of a split, in file-name order. `data` may also be a text file.
 
-    `shuffle` tells the system that reads will be in random order, so that it fetches only a window's 4 kB and not the
-    megabytes after it. Raises DataError if there are no shards, or if one is bad or missing.
+    The tokens of a large text are kept in `out_dir`, where rank 0 of `world` writes them. Raises DataError if there are
+    no shards, or if one is bad or missing.
     """
     data = Path(data)
     if data.is_file():
-        return [(f"{data} ({split})", read_text(data, split))]
+        from plumbing.text_file import open_text  # with what it needs to tokenize
+
+        return [(f"{data} ({split})", open_text(data, split, out_dir, world))]
+    if data.exists() and not data.is_dir():
+        raise DataError(f"{str(data)!r} is neither a folder nor a file that can be read again: save its text as a file")
     if not data.is_dir():
         raise DataError(f"no data {str(data)!r}: --data takes a folder of token shards or a text file")
     if unfinished := next(data.glob("progress*.json"), None):
         raise DataError(f"the shards in {str(data)!r} are not all there: run the same fineweb.py command again, "
                         f"or delete {unfinished.name} to train on those that are")
-    paths = sorted(path for path in data.iterdir()
-                   if path.suffix in (".npy", ".bin") and split in path.name and not path.name.startswith("."))
-    if not paths:
-        raise DataError(f"no {split} shards in {str(data)!r}: run python fineweb.py, or name a folder of .npy or .bin "
-                        f"files with {split!r} in their names")
+    named = [path for path in sorted(data.iterdir()) if not path.name.startswith(".") and split in splits_of(path)]
+    paths = [path for path in named if path.suffix.lower() in file_kinds.SHARDS]
     for path in paths:
-        if "train" in path.name and "val" in path.name:
+        if len(splits_of(path)) > 1:
             raise DataError(f"shard {path} has both 'train' and 'val' in its name: rename it")
+    for path in named:
+        if path.suffix.lower() in PACKED and Path(path.stem).suffix.lower() in ("", *file_kinds.SHARDS):
+            raise DataError(f"shard {path} is packed and would be left out: unpack it, or move it away")
+    if not paths:
+        raise no_shards(data, split)
     check_manifests(data)
-    found = [(str(path), open_shard(path)) for path in paths]
-    for _, tokens in found:
-        if shuffle and hasattr(mmap, "MADV_RANDOM") and isinstance(tokens.base, mmap.mmap):
-            tokens.base.madvise(mmap.MADV_RANDOM)
-    return found
+    return [(str(path), open_shard(path)) for path in paths]
+
+
+def splits_of(path: Path) -> set[str]:
+    """Return which of "train" and "val" are words in a file's name; a word ends at a capital letter or a non-letter."""
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", path.name)}
+    return {split for split, names in SPLITS.items() if words & names}
+
+
+def no_shards(folder: Path, split: str) -> DataError:
+    """Return the error for a folder without shards of a split, with what to type for what is there instead."""
+    first = itertools.islice(folder.rglob("*"), 10_000)  # somebody may name a whole disk
+    files = [path for path in sorted(first) if path.is_file() and not path.name.startswith(".")]
+    shards = [path for path in files if path.suffix.lower() in file_kinds.SHARDS and "model" not in path.name]
+    texts = [path for path in files if path.suffix == ".txt" or file_kinds.reads(path.name)]
+    below = [path for path in shards if path.parent != folder]
+    unnamed = [path for path in shards if not splits_of(path)]
+    hint = f": run python fineweb.py, or name a folder of .npy or .bin files with {split!r} in their names"
+    if found := next((path.parent for path in below if split in splits_of(path)), None):
+        hint = f" itself: did you mean --data {shlex.quote(str(found))}?"
+    elif found := next((path for path in below if split in splits_of(path.parent)), None):
+        hint = (f" itself: move what is in its folders into it, with {split!r} in the names, such as "
+                f"{split}_{found.name} for {found.relative_to(folder)}")
+    elif unnamed:
+        hint = f": if {unnamed[0].name} is one, rename it {split}_{unnamed[0].name}"
+    elif shards:
+        hint = f": rename one of the others, such as {shards[-1].name} to {split}_000000{shards[-1].suffix}"
+    elif texts:
+        alone = f", or --data {shlex.quote(str(texts[0]))}" if texts[0].suffix == ".txt" and len(texts) == 1 else ""
+        hint = f", but texts such as {texts[0].name}: {file_kinds.shard_command(folder)}{alone}"
+    elif any(path.match("model_*.pt") or path.name == "config.json" for path in files):
+        hint = ", but a model: --init_from takes models, --data a folder of token shards or a text file"
+    return DataError(f"no {split} shards in {str(folder)!r}{hint}")
 
 
 def require_windows(n_windows: int, config, split: str) -> None:
@@ -107,55 +98,63 @@ def require_windows(n_windows: int, config, split: str) -> None:
                         "+ 1 tokens: use more data or a smaller --sequence_length")
 
 
-def check_samples(names: list[str], shards: list[np.ndarray], vocab_size: int) -> str:
+def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size: int) -> dict[str, str]:
     """Check a sample of the tokens of each shard, as reading all would take minutes; or all, if it is a small one.
 
-    Returns a hash of the sample and of the number of tokens, by which a resumed run recognizes its data.
+    Returns hashes of the number of tokens and the sample, by which a resumed run recognizes its data: sha256 is of
+    begin, middle and end of each shard, windows_sha256 of windows spread over it.
     """
-    hashed = hashlib.sha256()
+    hashed, spread = hashlib.sha256(), hashlib.sha256()
     for name, shard in zip(names, shards):
         hashed.update(f"{len(shard)} ".encode())
-        size = len(shard) if len(shard) <= 2**20 else 1024
-        for start in sorted({0, (len(shard) - size) // 2, len(shard) - size}):
-            tokens = shard[start:start + size]
+        windows = []
+        for digest, places in ((spread, more_windows(len(shard))), (hashed, sample_windows(len(shard)))):
+            for start, stop in places:
+                windows.append(shard[start:stop])
+                digest.update(np.ascontiguousarray(windows[-1], dtype="<u2").data)
+        if vocab_size == VOCAB_SIZE and isinstance(shard, Shard):  # what was encoded here needs no check
+            check_gpt2(windows, name)
+        for tokens in windows:
             check_tokens(tokens, name, vocab_size)
-            hashed.update(np.ascontiguousarray(tokens, dtype="<u2").data)
-    return hashed.hexdigest()
-
-
-def check_tokens(tokens: np.ndarray, name: str, vocab_size: int) -> None:
-    """Raise DataError if a token is not in the vocabulary."""
-    if tokens.size and tokens.max() >= vocab_size:
-        raise DataError(f"shard {name} holds the token {tokens.max()}, the vocabulary ends at {vocab_size - 1}: "
-                        "prepare it again with the GPT-2 encoding")
+    return {"sha256": hashed.hexdigest(), "windows_sha256": spread.hexdigest()}
 
 
 def fingerprint(train_loader, val_loader) -> dict:
     """Describe the data of a run, so that it recognizes them when it is resumed."""
-    return {"n_windows": train_loader.n_windows, "sha256": train_loader.sha256, "val_sha256": val_loader.sha256}
+    return {"n_windows": train_loader.n_windows, **train_loader.hashes,
+            **{f"val_{key}": value for key, value in val_loader.hashes.items()}}
 
 
 def check_same(state: dict, train_loader, val_loader) -> None:
-    """Raise DataError if the data are not those of a checkpoint's fingerprint; older ones have no hashes in it."""
+    """Raise DataError if the data are not those of a checkpoint's fingerprint; older ones lack some hashes."""
     before, now = state["data"], fingerprint(train_loader, val_loader)
     remedy = (f"--data was {state['train_config'].get('data')}: restore it, or choose another --out_dir for a new run "
               "without --branch_from")
     if before.get("n_windows") not in (None, now["n_windows"]):
         raise DataError(f"the data have {now['n_windows']} windows to train on, they had {before['n_windows']} when "
                         f"the run began: {remedy}")
-    for key, split in (("sha256", "training"), ("val_sha256", "validation")):
+    for key in ("sha256", "windows_sha256", "val_sha256", "val_windows_sha256"):
         if before.get(key) not in (None, now[key]):
+            split = "validation" if key.startswith("val") else "training"
             raise DataError(f"the {split} data have other tokens than when the run began: {remedy}")
 
 
-def read_ahead(tokens: np.ndarray, start: int, stop: int) -> None:
-    """Ask the system to read tokens[start:stop] of a mapped shard from the disk, and return at once."""
-    if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-        offset = tokens.offset % mmap.ALLOCATIONGRANULARITY  # of the first token, within the mapping
-        first, end = (offset + position * tokens.itemsize for position in (start, stop))
-        first -= first % mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # it is only a hint
-            tokens.base.madvise(mmap.MADV_WILLNEED, first, min(end, len(tokens.base)) - first)
+def read_ahead(tokens: np.ndarray | Shard, start: int, stop: int) -> None:
+    """Ask the system to read tokens[start:stop] of a shard from the disk, and return at once."""
+    if isinstance(tokens, Shard):
+        tokens.read_ahead(start, stop)
+
+
+def count_documents(data, loaders: list) -> int:
+    """Count the documents of a text file in which lines of <|endoftext|> separate them; 0 for one without, and shards.
+
+    `loaders` have the splits that count.
+    """
+    if not Path(data).is_file():
+        return 0
+    parts = [tokens for loader in loaders for tokens in loader.shards]
+    return sum(int(np.count_nonzero(tokens[start:start + 2**20] == EOT))
+               for tokens in parts for start in range(0, len(tokens), 2**20))
 
 
 def check_manifests(folder: Path) -> None:

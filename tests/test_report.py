@@ -233,7 +233,7 @@ def test_the_record_of_the_demo_has_the_preset_s_settings():
 
 
 def test_the_record_of_the_demo_has_the_hash_of_its_validation_tokens():
-    tokens = shards.read_text(ROOT / "input.txt", "val")
+    (_, tokens), = shards.open_tokens(ROOT / "input.txt", "val")
     described = shards.describe(ROOT / "input.txt", [tokens], published.DEMO["settings"]["val_tokens"])
     assert described["val_sha256"] == published.DEMO["val_sha256"]
 

@@ -1,0 +1,194 @@
+"""A text file as data: documents in it, and the tokens of a large one, which are kept beside the run."""
+import os
+import re
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import ENCODING, ROOT, flags, make_loader, needs, read_log, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from plumbing import published, shards, text_file
+from plumbing.cli import UserError
+from plumbing.files import DataError, sha256
+from plumbing.ranks import World
+from plumbing.tokenizer import EOT, gpt2_encoding
+
+pytestmark = needs(*ENCODING)
+MARK = "<|endoftext|>"
+
+
+def tokens_of(path, out_dir="", world=None) -> list[int]:
+    """All tokens of a text, train before val."""
+    parts = [text_file.open_text(path, split, out_dir, world) for split in ("train", "val")]
+    assert len(parts[1]) == sum(map(len, parts)) // 10
+    return [token for part in parts for token in part[:].tolist()]
+
+
+def special(text: str) -> list[int]:
+    """What tiktoken makes of a text in which <|endoftext|> is the token."""
+    return gpt2_encoding().encode(text, allowed_special={MARK})
+
+
+@pytest.mark.parametrize("text, expected", [
+    (f"One.\n{MARK}\nTwo.\nThree.\n", f"{MARK}One.{MARK}Two.\nThree.\n"),  # as in TinyStories
+    (f"{MARK}\nOne.\n{MARK}\nTwo.\n{MARK}\n", f"{MARK}One.{MARK}Two."),  # at the begin and at the end too
+    (f"One.\r\n{MARK}\r\nTwo.\r\n", f"{MARK}One.{MARK}Two.\n"),
+    (f"One.\n \t{MARK}  \nTwo.", f"{MARK}One.{MARK}Two."),
+    (f"One.\n\n{MARK}\n\nTwo.", f"{MARK}One.\n{MARK}\nTwo."),  # a blank line stays
+    (f"One.\n{MARK}\n{MARK}\n\n{MARK}\nTwo.", f"{MARK}One.{MARK}Two."),  # nothing between them: no document
+    (f"One.\n{MARK}", f"{MARK}One."),
+    (f"\ufeff{MARK}\nOne.", f"{MARK}One."),
+])
+def test_lines_of_endoftext_separate_documents(text, expected, tmp_path):
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8", newline="")
+    assert tokens_of(tmp_path / "x.txt") == special(expected)
+
+
+@pytest.mark.parametrize("text", [f"He wrote {MARK} and stopped.\n", f"{MARK}{MARK}\n", f"{MARK} x\n", f"x{MARK}\n",
+                                  "<|endoftext|\n>\n", f"<{MARK}\n", "no mark\n\n\n at all\n",
+                                  f"x\n{'ab ' * 2**19}{MARK}\n"])
+def test_elsewhere_endoftext_stays_text(text, tmp_path):
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    assert tokens_of(tmp_path / "x.txt") == gpt2_encoding().encode_ordinary(text)
+    assert EOT not in tokens_of(tmp_path / "x.txt")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.sampled_from(["", " ", "One word", f"in {MARK} text", MARK, f" {MARK}\t", "\u6f22\u5b57"]),
+                      max_size=9), end=st.sampled_from(["", "\n"]), block=st.integers(20, 60))
+def test_documents_by_their_definition(lines, end, block, tmp_path, monkeypatch):
+    """Against a split by a regular expression, with a window too small for all lines."""
+    monkeypatch.setattr(text_file, "BLOCK", block)
+    text = "\n".join(["x", *lines]) + end
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    parts = re.split(rf"^[ \t]*{re.escape(MARK)}[ \t]*(?:\n|\Z)", text, flags=re.MULTILINE)
+    documents = [part.removesuffix("\n") for part in parts[:-1]] + parts[-1:]
+    expected = gpt2_encoding().encode_ordinary(text)
+    if len(parts) > 1:
+        expected = [token for document in documents if document
+                    for token in [EOT, *gpt2_encoding().encode_ordinary(document)]]
+    assert tokens_of(tmp_path / "x.txt") == expected
+
+
+def test_the_summary_says_how_many_documents(tmp_path):
+    stories = (ROOT / "input.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+    (tmp_path / "x.txt").write_text(f"\n{MARK}\n".join(stories), encoding="utf-8")
+    result = run(flags(data="x.txt", out_dir="out"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"data \| x\.txt: 60 documents in [\d,]+ windows", result.stdout), result.stdout
+    assert not list((tmp_path / "out").glob("tokens*"))  # a small one is not kept
+    result = run(flags(data=ROOT / "input.txt", out_dir="other"), cwd=tmp_path)
+    assert "documents in" not in result.stdout
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A text that counts as large, with marks in it."""
+    monkeypatch.setattr(text_file, "IN_MEMORY", 1000)
+    path = tmp_path / "large.txt"
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:100_000]
+    path.write_text(text.replace("\n\n", f"\n{MARK}\n"), encoding="utf-8")
+    return path
+
+
+def test_the_tokens_of_a_large_text_are_kept_and_found_again(large, tmp_path, monkeypatch):
+    expected, out = tokens_of(large), tmp_path / "new" / "out"
+    assert expected == special(MARK + large.read_text(encoding="utf-8").replace(f"\n{MARK}\n", MARK))
+    assert tokens_of(large, out, World()) == expected
+    cache = out / f"tokens-{sha256(large)[:16]}.npy"
+    assert np.load(cache).tolist() == expected and np.load(cache).dtype == np.uint16
+
+    def again(*arguments):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(text_file, "encode_in_pieces", again)
+    assert tokens_of(large, out, World()) == expected
+    with open(large, "a") as file:
+        file.write("More.")
+    with pytest.raises(AssertionError, match="tokenized again"):
+        tokens_of(large, out, World())
+    assert [path.name for path in out.glob("tokens*")] == [cache.name]  # nothing unfinished is left
+
+
+def test_a_large_text_takes_little_memory(tmp_path):
+    path = tmp_path / "large.txt"
+    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8") * 12, encoding="utf-8")
+    assert path.stat().st_size > text_file.IN_MEMORY
+    text_file.tokenize(path, tmp_path / "warm", World())
+    tracemalloc.start()
+    try:
+        parts = [text_file.open_text(path, split, tmp_path / "out", World()) for split in ("train", "val")]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 0.9 * path.stat().st_size and sum(map(len, parts)) > 12 * 200_000
+
+
+def test_a_run_on_a_large_text_is_resumed_and_evaluated_from_its_tokens(tmp_path):
+    """Through the real command: a bar on stderr once, the split and the losses of a text in memory."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    path, out = tmp_path / "large.txt", tmp_path / "out"
+    path.write_text((f"\n{MARK}\n" + text) * 9, encoding="utf-8")
+    arguments = flags(data=path, out_dir=out, max_steps=4)
+    first = run(arguments)
+    assert first.returncode == 0, first.stderr
+    assert "tokenizing large.txt" in first.stderr and "9 documents in" in first.stdout
+    cache, = out.glob("tokens-*.npy")
+    written = cache.stat().st_mtime_ns
+    (out / "model_000004.pt").unlink()
+    losses = read_log(out, "train")
+    for more in ([], ["--eval_only"]):
+        again = run([*arguments, *more])
+        assert again.returncode == 0 and "tokenizing" not in again.stderr, again.stderr
+    assert [line["loss"] for line in read_log(out, "train")] == [line["loss"] for line in losses]
+    assert cache.stat().st_mtime_ns == written
+    whole = np.load(cache)
+    assert whole.tolist() == special((MARK + text) * 9)
+    boundary = len(whole) - len(whole) // 10
+    loader = make_loader(path, "val", 1, 16, out_dir=str(out))
+    assert loader.batch(0)[0].tolist()[0] == whole[boundary:boundary + 16].tolist()
+
+
+@pytest.mark.dist
+def test_rank_0_tokenizes_a_large_text_for_all(tmp_path):
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    (tmp_path / "large.txt").write_text(text * 9, encoding="utf-8")
+    losses = []
+    for ranks in (1, 2):
+        result = run(flags(data=tmp_path / "large.txt", out_dir=tmp_path / f"out{ranks}", max_steps=3), ranks=ranks)
+        assert result.returncode == 0 and result.stderr.count("100%") == 1, result.stderr
+        losses.append([line["loss"] for line in read_log(tmp_path / f"out{ranks}", "train")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(large, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*file/out"):
+        tokens_of(large, tmp_path / "file" / "out", World())
+
+    def full(tokens):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(text_file, "npy_header", full)
+    with pytest.raises(DataError, match=r"cannot write the tokens of .*large\.txt to .*No space left .* --out_dir"):
+        tokens_of(large, tmp_path / "out", World())
+    assert not list((tmp_path / "out").glob("tokens*"))
+
+
+def test_a_signal_ends_the_tokenizing(large, tmp_path):
+    world = World()
+    world.stop.set()
+    with pytest.raises(UserError, match="interrupted while tokenizing"):
+        tokens_of(large, tmp_path / "out", world)
+    assert not list((tmp_path / "out").glob("tokens*"))
+
+
+def test_the_demo_s_text_is_what_it_was(tmp_path):
+    """Its loss is on record: the tokens of input.txt, and nothing in the log folder but what a run writes."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    assert tokens_of(ROOT / "input.txt", tmp_path, World()) == gpt2_encoding().encode_ordinary(text)
+    assert os.listdir(tmp_path) == []
+    described = shards.describe("input.txt", make_loader(ROOT / "input.txt", "val", 1, 64).shards, 10485760)
+    assert described["val_sha256"] == published.DEMO["val_sha256"]
