@@ -252,7 +252,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 3. Data. Shards of uint16 tokens, cut into windows of T tokens and read as they are needed.
+# 3. Data. Shards of uint16 tokens, memory-mapped, cut into windows of T tokens.
 # -----------------------------------------------------------------------------
 
 class DataLoaderLite:

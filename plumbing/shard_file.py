@@ -1,12 +1,12 @@
-"""One file of tokens: checked when it is opened, and read window by window.
+"""One file of tokens: checked when it is opened, then memory-mapped.
 
     open_shard(path)                          a Shard
     Shard                                     len(shard), and shard[start:stop], an array (n,) of uint16
     check_tokens(tokens, name, vocab_size)    refuses a token that is not in the vocabulary
     check_gpt2(windows, name)                 refuses what cannot be tokens of GPT-2's encoding
 
-The file is neither mapped nor held open. A thousand shards need no descriptors, and one that is cut while it is in use
-raises DataError, where a mapping would end the process with SIGBUS.
+The file is mapped but not held open: a thousand shards need no descriptors. Its size and date are looked at before each
+window is read, because to read a mapping of a file that has been cut would end the process with SIGBUS.
 """
 import contextlib
 import errno
@@ -40,38 +40,39 @@ class Shard:
 
     def __init__(self, path: Path, offset: int, count: int):
         self.path, self.offset, self.count = path, offset, count
-        self.state, self.sample = self.stat(), self.hash_sample()
+        self.open()
+        self.sample = self.hash_sample()
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """Read tokens. Raises DataError if they cannot be read or the file is not what it was when it was opened."""
-        start, stop, _ = window.indices(self.count)
-        tokens = self.read(start, max(start, stop))
-        state = self.stat()
-        if state != self.state:  # a new date alone is no reason to stop
-            if self.hash_sample() != self.sample:
+        """Copy tokens. Raises DataError if the file is not what it was when it was opened."""
+        if self.stat() != self.state:
+            size = self.state[0]
+            try:
+                self.open()
+            except FileNotFoundError as error:
+                raise self.changed() from error
+            # a new date alone is no reason to stop
+            if self.state[0] != size or self.hash_sample() != self.sample:
                 raise self.changed()
-            self.state = state
-        return tokens
+        return self.tokens[window].copy()
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Read tokens [start, stop), whether or not the file has changed."""
-        tokens = np.empty(stop - start, dtype=np.uint16)
-        left = memoryview(tokens.view(np.uint8))
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + 2 * start)
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
-        except FileNotFoundError as error:
-            raise self.changed() from error
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        if left:
+    def open(self) -> None:
+        """Map the file. Raises OSError if that fails; PyTorch closes the file, while numpy would keep it open."""
+        import torch  # takes seconds to load, which fineweb.py does without
+
+        with open(self.path, "rb"):  # raises an OSError that says why, where PyTorch has only RuntimeError
+            self.state = self.stat()
+        end = self.offset // 2 + self.count
+        if self.state is None or self.state[0] < 2 * end:
             raise self.changed()
-        return tokens
+        if end == 0:  # nothing can be mapped
+            self.tokens = np.empty(0, dtype=np.uint16)
+        else:
+            mapped = torch.from_file(os.fspath(self.path), shared=False, size=end, dtype=torch.uint16)
+            self.tokens = mapped.numpy()[self.offset // 2:]
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read tokens [start, stop) from the disk, and return at once."""
@@ -90,10 +91,10 @@ class Shard:
             return status.st_size, status.st_mtime_ns, status.st_ino
 
     def hash_sample(self) -> bytes:
-        """Return a hash of the size of the file and of a sample of the tokens, as they are now."""
-        hashed = hashlib.sha256(str((self.stat() or [0])[0]).encode())
+        """Return a hash of a sample of the tokens, as they are now."""
+        hashed = hashlib.sha256()
         for start, stop in (*sample_windows(self.count), *more_windows(self.count)):
-            hashed.update(self.read(start, stop).data)
+            hashed.update(self.tokens[start:stop].data)
         return hashed.digest()
 
     def changed(self) -> DataError:
@@ -250,11 +251,12 @@ def encoding_problem(tokens: np.ndarray, name: str) -> str:
                 "characters: name its text file instead, as --data input.txt; or delete meta.pkl if they are GPT-2's")
     if len(tokens) < 256:
         return ""
-    distinct = len(np.unique(tokens))
+    shares = np.bincount(tokens, minlength=2**16) / len(tokens)  # of each id
+    distinct = np.count_nonzero(shares)
     for owner, ids in OTHER_ENCODINGS.items():
-        if distinct > 300 and all((tokens == each).mean() > 0.02 for each in ids):
+        if distinct > 300 and all(shares[list(ids)] > 0.02):
             return f"they seem to be {owner}: {again}"
-    if np.isin(tokens, NOT_IN_TEXT).mean() > 0.01:
+    if shares[list(NOT_IN_TEXT)].sum() > 0.01:
         return f"more than 1 % are bytes that no text has, so they seem to be another encoding's: {again}"
     if len(tokens) >= 10_000 and largest < 512 and (tokens < 128).mean() > 0.5:
         return f"the largest of {len(tokens):,} is {largest}, so they seem to be characters or bytes: {again}"
