@@ -213,6 +213,8 @@ def read_tokenizer(folder: Path) -> tuple[dict | None, dict]:
             return None, settings
         description = describe_bpe(folder, settings)
     add_tokens(description, settings, read_json(folder / "added_tokens.json"))
+    if kind in GPT2_CLASSES[:3] and END in description["model"].get("vocab", {}):
+        settings = {"bos_token": END, "eos_token": END, **settings}  # that class's defaults
     return description, settings
 
 
@@ -283,11 +285,12 @@ def is_gpt2(description: dict, settings: dict, rows: float = math.inf) -> bool:
     merges = [list(pair) if not isinstance(pair, str) else pair.split(" ") for pair in model.get("merges") or []]
     pre_tokenizer = description.get("pre_tokenizer") or {}
     plain = {key: pre_tokenizer.get(key, value) for key, value in BYTE_LEVEL.items() if key != "trim_offsets"}
-    behind = (description.get("post_processor") or BYTE_LEVEL).get("type")
+    around = description.get("post_processor") or BYTE_LEVEL  # what is put around a text
     return (
         model.get("type", "BPE") == "BPE" and not model.get("dropout") and not model.get("ignore_merges")
         and description.get("normalizer") is None and not settings.get("add_bos_token")
-        and plain == {key: BYTE_LEVEL[key] for key in plain} and behind == "ByteLevel"
+        and plain == {key: BYTE_LEVEL[key] for key in plain}
+        and (around["type"] == "ByteLevel" or ["Sequence"] == [key for part in around["single"] for key in part])
         and all((token["content"], token["id"]) == (END, EOT) or token["id"] >= max(rows, VOCAB_SIZE)
                 for token in description["added_tokens"])
         and model["vocab"] == json.loads(files["encoder.json"].read_text(encoding="utf-8"))
