@@ -29,14 +29,14 @@ def push(folder: Path, repository: str, shown: str) -> str:
         commit = HfApi().upload_folder(repo_id=repository, folder_path=folder,
                                        commit_message="Exported by export_hf.py")
     except Exception as error:  # the hub's client has dozens of errors
-        response = getattr(error, "response", None)
-        status = getattr(response, "status_code", None)
-        remedy = "check the network"
+        status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.OfflineModeIsEnabled):
             remedy = "unset HF_HUB_OFFLINE"
         elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
             remedy = "log in with `hf auth login`, with a token that may write"
         elif status in (403, 404, 409):
             remedy = f"you may not write to {repository}: name one of your own, or use a token that may write there"
+        else:
+            remedy = f"the hub answered {status}, try it again later" if status else "check the network"
         raise UserError(f"cannot upload to {repository}: {remedy} ({explain(error):.200}). {again}") from error
     return f"uploaded to {commit.repo_url}"
