@@ -270,7 +270,7 @@ def restore(state: dict, optimizers: list, scaler, device: torch.device) -> None
             check_moments(optimizer, moments)
             # on a CPU they are copied, since the checkpoint's tensors are pages of its file
             optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"the state of the optimizers in {state['path']} is not that of this model: "
                               f"{explain(error)}: move the file away, and the one before it is used") from error
     scaler.load_state_dict(state["scaler"])
@@ -302,6 +302,8 @@ def check_moments(optimizer, stored: dict) -> None:
             shape = () if key == "step" else tuple(parameter.shape)
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
                 raise ValueError(f"{key} of tensor {index} is not a tensor of shape {shape}")
+            if key == "step" and not 0 <= value.item() < math.inf:
+                raise ValueError(f"step of tensor {index} is {value.item()}")
 
 
 def like(found, value) -> bool:

@@ -8,7 +8,9 @@
 
 Objects of classes become stand-ins that only keep what the file says of them.
 """
+import os
 import re
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -82,8 +84,8 @@ def reason(error: Exception) -> str:
 def convert(content, path) -> dict | None:
     """Convert a checkpoint of nanoGPT or build-nanogpt to what checkpoint.load() returns, without optimizers.
 
-    `program` in it is the one that wrote it. Biases that nanoGPT leaves out (bias=False) are zeros. Returns None for
-    anything else, and raises CheckpointError if the weights do not fit its shape.
+    `program` in it is the one that wrote it. Biases that nanoGPT leaves out (bias=False) are zeros. A note on stderr
+    says that its GELU is not GPT-2's. Returns None for anything else. Raises CheckpointError if it is no GPT-2.
     """
     if not isinstance(content, dict) or not is_weights(content.get("model")):
         return None
@@ -102,6 +104,9 @@ def convert(content, path) -> dict | None:
         check_weights(weights, shape["n_layer"])
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path} seems to be {program}'s, but is no GPT-2: {explain(error)}") from error
+    if program == "nanoGPT" and os.environ.get("RANK", "0") == "0":
+        print(f"note: {path} is nanoGPT's, which computes the exact GELU; here it is GPT-2's, by the tanh formula, so "
+              "that logits differ a little", file=sys.stderr, flush=True)
     return {"model": weights, "model_config": shape, "train_config": {}, "program": program, "path": str(path),
             "step": step if isinstance(step, int) else 0}
 
@@ -216,13 +221,13 @@ def explain_folder(folder) -> str:
     if "adapter_config.json" in names:
         return ("it holds an adapter (LoRA) without the model that it changes: load both with peft, then "
                 "merge_and_unload() and save_pretrained('NEW_FOLDER')")
-    if "hparams.json" in names or any(name.endswith((".ckpt.index", ".index", ".meta")) for name in names):
+    if "hparams.json" in names or any(".ckpt." in name or ".data-0000" in name for name in names):
         return ("it seems to be a TensorFlow checkpoint, as OpenAI's first release and gpt-2-simple have: transformers "
                 "4 converts it, python -m transformers.models.gpt2.convert_gpt2_original_tf_checkpoint_to_pytorch")
     if any(name.endswith(".distcp") for name in names):
         return (f"it is a distributed checkpoint of PyTorch: python -m torch.distributed.checkpoint.format_utils "
                 f"dcp_to_torch {folder} FILE.pt makes one file of it")
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".h5", ".msgpack"))]
+    weights = [name for name in names if re.fullmatch(r".*\.safetensors|(pytorch|tf|flax)_model.*\.\w+", name)]
     if weights:
         return f"there is {weights[0]}, but config.json is missing: copy it from where the weights come from"
     files = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".gguf"))]

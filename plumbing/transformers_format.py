@@ -218,7 +218,10 @@ def download_openai(name: str) -> Path:
     Raises CheckpointError if it cannot be had, or if it is not what OpenAI has published.
     """
     if name not in published.MODELS:
-        raise CheckpointError(f"no model {name!r}: name a folder, a .pt file or one of {', '.join(published.MODELS)}")
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        hub = f"; one of the hub: hf download {name} --local-dir FOLDER" if on_hub else ""
+        raise CheckpointError(
+            f"no model {name!r}: name a folder, a .pt file or one of {', '.join(published.MODELS)}{hub}")
     from huggingface_hub import snapshot_download
 
     revision, known = published.MODELS[name]

@@ -171,6 +171,21 @@ def test_a_nanogpt_that_is_no_gpt2_is_refused_by_name(spoil, message, tmp_path):
     assert "ckpt.pt seems to be nanoGPT's" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_note_says_that_nanogpt_computes_another_gelu(tmp_path, capsys):
+    _, weights = make_theirs()
+    torch.save(nanogpt(weights), tmp_path / "ckpt.pt")
+    GPT.load(tmp_path / "ckpt.pt")
+    streams = capsys.readouterr()
+    assert "computes the exact GELU" in streams.err and streams.out == ""
+    GPT.load(write_build_nanogpt(tmp_path / "model_19072.pt", weights))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_hub_s_name_says_how_to_have_it():
+    with pytest.raises(CheckpointError, match="hf download distilbert/distilgpt2 --local-dir FOLDER"):
+        GPT.load("distilbert/distilgpt2")
+
+
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     torch.save(nanogpt(make_theirs()[1], n_embd=16), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="the weights in .*ckpt.pt are not those of its configuration"):
@@ -230,8 +245,11 @@ def test_folders_of_other_programs_name_the_file_to_type(names, message, tmp_pat
     (["hparams.json", "model-1000.index", "checkpoint", "encoder.json"], "TensorFlow checkpoint.*gpt-2-simple"),
     (["model.ckpt.index", "model.ckpt.meta"], "TensorFlow checkpoint"),
     (["adapter_config.json", "adapter_model.safetensors"], r"adapter \(LoRA\).*merge_and_unload"),
-    ([".metadata", "__0_0.distcp"], "dcp_to_torch"), (["pytorch_model.bin"], "config.json is missing"),
-    (["model.safetensors"], "config.json is missing"), (["llama.gguf"], "there is llama.gguf: name that file"),
+    ([".metadata", "__0_0.distcp"], "dcp_to_torch"),
+    (["pytorch_model.bin"], "config.json is missing"),
+    (["model.safetensors"], "config.json is missing"),
+    (["train.bin", "val.bin"], "holds neither a whole checkpoint nor a transformers model$"),
+    (["llama.gguf"], "there is llama.gguf: name that file"),
     (["checkpoint-500/config.json", "checkpoint-1000/config.json"], "did you mean .*checkpoint-500"),
     (["config.json", "pytorch_model.bin"], "pytorch_model.bin, which can run code"),
     (["config.json", "tf_model.h5"], "there is tf_model.h5 but no model.safetensors"),
@@ -335,6 +353,8 @@ SPOILS = {
     "a text": lambda o: o["param_groups"][0].update(lr="fast"),
     "no weight decay": lambda o: o["param_groups"][0].pop("weight_decay"),
     "nan": lambda o: o["param_groups"][0].update(lr=float("nan")),
+    "a step before the first": lambda o: o["state"][0].update(step=torch.tensor(-1.0), momentum_buffer=None),
+    "a rate of another world": lambda o: o["param_groups"][0].update(lr=10**400),
     "groups of numbers": lambda o: o.update(param_groups=[1]),
     "the same twice": lambda o: o["param_groups"][0].update(params=[0] * len(o["param_groups"][0]["params"])),
 }
