@@ -377,7 +377,7 @@ def find(source) -> dict | None:
     if state := foreign.convert(content, path):
         return state
     if path.is_file() and (seems := foreign.explain_file(path, content)):
-        raise CheckpointError(f"{path} is no checkpoint of train_gpt2.py. It seems to be {seems}")
+        raise CheckpointError(f"{refusal}. It seems to be {seems}")
     raise refusal
 
 
