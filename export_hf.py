@@ -2,14 +2,15 @@
 
     python export_hf.py log out/                     # the newest checkpoint of a run
     python export_hf.py log/model_019073.pt out/     # a particular one
+    python export_hf.py log out/ --push_to_hub OWNER/NAME     # and upload it
 
     AutoModelForCausalLM.from_pretrained("out/"), AutoTokenizer.from_pretrained("out/")
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
 
-The folder holds config.json, generation_config.json, model.safetensors (with 50,257 rows, without those that pad the
-vocabulary), the tokenizer's files, SHA256SUMS of all these, and a model card, README.md, made from the run's log. It
-appears only after its files have been loaded again, with transformers if that is installed, and have given the same
-logits as the checkpoint.
+The folder holds config.json, generation_config.json, model.safetensors (without the rows that pad a new model's
+vocabulary to 50,304), the files of the model's tokenizer, SHA256SUMS of all these, and a model card, README.md, made
+from the run's log. It appears only after its files have been loaded again, with transformers if that is installed, and
+have given the same logits as the checkpoint.
 """
 import json
 import os
@@ -21,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint, report, transformers_format
+from plumbing import checkpoint, report, transformers_format, upload
 from plumbing.cli import UserError, check_values, parse_flags, run_command
-from plumbing.tokenizer import EOT, VOCAB_SIZE, vocabulary_files
-from train_gpt2 import GPT
+from plumbing.model_tokenizer import END, tokenizer_of
+from plumbing.tokenizer import VOCAB_SIZE, vocabulary_files
+from train_gpt2 import GPT, PADDED_VOCAB_SIZE
 
 TOLERANCE = 1e-4  # largest accepted difference between two logits, computed in float64
-END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,18 @@ class ExportConfig:
     """What to export, and where to. Raises UserError for a value out of its range."""
     model: str  # run folder, .pt file, transformers folder, or OpenAI's gpt2 to gpt2-xl
     out: str  # new folder; one that exists is left alone
+    push_to_hub: str = ""  # also upload the folder to the Hugging Face hub, as OWNER/NAME
 
     def __post_init__(self):
         check_values(self)
 
 
-def write_tokenizer(folder: Path, block_size: int) -> None:
-    """Write GPT-2's tokenizer in transformers' layout, from OpenAI's own files."""
+def write_tokenizer(folder: Path, block_size: int, tokenizer) -> None:
+    """Copy the tokenizer that came with the model, or write GPT-2's in transformers' layout, from OpenAI's files."""
+    if tokenizer.files:
+        for path in tokenizer.files:
+            shutil.copyfile(path, folder / path.name)
+        return
     files = vocabulary_files()
     shutil.copyfile(files["encoder.json"], folder / "vocab.json")
     shutil.copyfile(files["vocab.bpe"], folder / "merges.txt")
@@ -52,10 +58,9 @@ def write_tokenizer(folder: Path, block_size: int) -> None:
 
 @torch.no_grad()
 def logits_of(model, idx: torch.Tensor) -> torch.Tensor:
-    """Compute logits in float64, in which only a difference of the weights shows: idx (1, T) -> (1, T, 50257)."""
+    """Compute logits in float64, in which only a difference of the weights shows: idx (1, T) -> (1, T, V)."""
     result = model.double()(idx)
-    logits = getattr(result, "logits", result)  # transformers' models return them in an object
-    return logits[..., :VOCAB_SIZE]
+    return getattr(result, "logits", result)  # transformers' models return them in an object
 
 
 def load_again(folder: Path):
@@ -68,22 +73,23 @@ def load_again(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), f"transformers {transformers.__version__}"
 
 
-def export(model: GPT, folder: Path, card: str) -> str:
-    """Write the model into an empty folder, load it again, and return what to print.
+def export(model: GPT, folder: Path, card: str, tokenizer, rows: int) -> str:
+    """Write the model, with so many `rows` of vocabulary, into an empty folder and load it; return what to print.
 
     `model` is of no use afterwards: its memory is given to the one that is loaded. Raises UserError if the two give
     different logits.
     """
     shape = asdict(model.config)
-    weights = {**model.state_dict(), "transformer.wte.weight": model.transformer.wte.weight[:VOCAB_SIZE].detach()}
-    transformers_format.write_transformers(folder, {**shape, "vocab_size": VOCAB_SIZE}, weights,
-                                           {"bos_token_id": EOT, "eos_token_id": EOT})
-    write_tokenizer(folder, shape["block_size"])
+    weights = {**model.state_dict(), "transformer.wte.weight": model.transformer.wte.weight[:rows].detach()}
+    ends = sorted(tokenizer.ends)
+    generation = {"bos_token_id": tokenizer.first, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    transformers_format.write_transformers(folder, {**shape, "vocab_size": rows}, weights, generation)
+    write_tokenizer(folder, shape["block_size"], tokenizer)
     transformers_format.write_sums(folder)  # without the model card, which people edit
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     # one random token per position
-    idx = torch.randint(0, VOCAB_SIZE, (1, shape["block_size"]), generator=torch.Generator().manual_seed(0))  # (1, T)
-    expected = logits_of(model, idx)  # (1, T, V)
+    idx = torch.randint(0, rows, (1, shape["block_size"]), generator=torch.Generator().manual_seed(0))  # (1, T)
+    expected = logits_of(model, idx)[..., :rows]  # (1, T, rows)
     del weights
     model.to("meta")
     loaded, loader = load_again(folder)
@@ -100,17 +106,24 @@ def main(argv: list[str]) -> None:
     source, out = config.model, Path(config.out).absolute()
     if os.path.lexists(out):
         raise UserError(f"{config.out} exists already: name a new folder")
+    if config.push_to_hub:
+        upload.check_name(config.push_to_hub)
     state = checkpoint.find(source)
+    tokenizer = tokenizer_of(state or source)
     model = GPT.load(state or source)
-    padding = model.config.vocab_size - VOCAB_SIZE
-    if padding < 0:
-        raise UserError(f"{source} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
-    log, step = None, 0  # the folder with the run's log, and how much of it is about this checkpoint
-    if state:
-        log = Path(source).parent if Path(source).suffix == ".pt" else Path(source)
+    rows = model.config.vocab_size
+    if tokenizer.has_gpt2_tokens and rows < VOCAB_SIZE:
+        raise UserError(f"{source} has {rows} tokens, too few for GPT-2's encoding")
+    if state and rows == PADDED_VOCAB_SIZE:
+        rows = VOCAB_SIZE  # the others pad it
+    log, step, program = None, 0, ""  # the folder with the run's log, and how much of it is about this checkpoint
+    if state and "program" in state:
+        program = f", a checkpoint of {state['program']}"
+    elif state:
+        log = Path(source) if Path(source).is_dir() else Path(source).parent
         step = state["step"]
-    parameters = model.count_parameters() - padding * model.config.n_embd
-    card = report.model_card(out.name, source, parameters, log, step)
+    parameters = model.count_parameters() - (model.config.vocab_size - rows) * model.config.n_embd
+    card = report.model_card(out.name, source + program, parameters, log, step, tokenizer.name)
     del state  # the optimizer's moments are not exported
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
@@ -119,7 +132,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {temporary} ({error.strerror}): name another one") from error
     try:
-        result = export(model, temporary, card)
+        result = export(model, temporary, card, tokenizer, rows)
         os.replace(temporary, out)
     except OSError as error:
         if not error.strerror:  # the message itself says what to do
@@ -127,7 +140,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {out} ({error.strerror}): free space, or name another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{config.out}: {result}")
+    print(f"{config.out}: {result}", flush=True)
+    if config.push_to_hub:
+        print(upload.push(out, config.push_to_hub, config.out))
 
 
 if __name__ == "__main__":

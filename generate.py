@@ -5,9 +5,9 @@
     git log -1 | python generate.py --model log --prompt -    # reads the prompt from stdin
 
 Text streams to stdout as it is generated, in whole characters; timings go to stderr. A sample ends after max_new_tokens
-or at <|endoftext|>, which is not printed. How a token is drawn is in plumbing/sampling.py, choose_token().
+or at <|endoftext|>, which is not printed. A transformers folder that brings its own tokenizer is given text with that,
+and its texts end at its own token. How a token is drawn is in plumbing/sampling.py, choose_token().
 """
-import codecs
 import contextlib
 import functools
 import importlib
@@ -20,13 +20,15 @@ from typing import Annotated
 
 import torch
 
-from plumbing import machine
+from plumbing import checkpoint, machine
 from plumbing.cli import Dtype, Prompt, Range, UserError, check_values, parse_flags, plural, require, run_command
+from plumbing.model_tokenizer import Gpt2Tokenizer, tokenizer_of
 from plumbing.ranks import processes
 from plumbing.sampling import choose_token, stream_tokens
-from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
+from plumbing.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT
 
+GPT2 = Gpt2Tokenizer()
 LONGEST_PROMPT = 200_000  # characters; tiktoken's stack overflows on a million spaces
 
 
@@ -53,7 +55,8 @@ class GenerateConfig:
         require(self, "top_p", self.top_p > 0, "more than 0 and at most 1")
 
 
-def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) -> Iterator[tuple[int, str, int]]:
+def continuations(model: GPT, prompt: str, config: GenerateConfig, generator,
+                  tokenizer=GPT2) -> Iterator[tuple[int, str, int]]:
     """Yield (sample, text, tokens): the text to print next, and the number of tokens generated since the last yield.
 
     All samples are generated at once. The first is printed as it grows; when it ends, what there is of the second
@@ -62,20 +65,26 @@ def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) ->
     if len(prompt) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(prompt):,} characters: shorten it to its end, as the model reads no more "
                         f"than the last {model.config.block_size:,} tokens")
-    encoding, n, current, count = gpt2_encoding(), config.num_samples, 0, 0
-    tokens = encoding.encode(prompt, allowed_special="all") or [EOT]
+    n, current, count = config.num_samples, 0, 0
+    tokens, rows = tokenizer.encode(prompt), model.config.vocab_size
+    if not tokens and tokenizer.first is None:
+        raise UserError(f"{tokenizer.name} has no token that begins a text: give a --prompt")
+    tokens = tokens or [tokenizer.first]
+    if max(tokens) >= rows:
+        raise UserError(f"the prompt has the token {max(tokens)}, but the model only {rows} rows of vocabulary")
     idx = torch.tensor([tokens], device=generator.device)  # (1, T)
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]  # they hold back half characters
+    decoders = [tokenizer.decoder(tokens) for _ in range(n)]  # they hold back half characters
     waiting, ended = [""] * n, [False] * n
     choose = functools.partial(choose_token, temperature=config.temperature, top_k=config.top_k or None,
                                top_p=config.top_p, generator=generator)
-    for position, ids in enumerate(stream_tokens(model, idx, config.max_new_tokens, choose, n)):  # (n, 1) each
+    steps = stream_tokens(model, idx, config.max_new_tokens, choose, n, min(tokenizer.size, rows))
+    for position, ids in enumerate(steps):  # (n, 1) each
         for i, token in enumerate(ids.squeeze(1).tolist()):
             if not ended[i]:
                 count += 1
-                ended[i] = token == EOT or position == config.max_new_tokens - 1
-                new = b"" if token == EOT else encoding.decode_single_token_bytes(token)
-                waiting[i] += decoders[i].decode(new, final=ended[i])
+                ended[i] = token in tokenizer.ends or position == config.max_new_tokens - 1
+                waiting[i] += "" if token in tokenizer.ends else decoders[i].step(token)
+                waiting[i] += decoders[i].end() if ended[i] else ""
         while current < n and (waiting[current] or ended[current]):
             yield current, waiting[current], count
             waiting[current], count = "", 0
@@ -86,10 +95,10 @@ def continuations(model: GPT, prompt: str, config: GenerateConfig, generator) ->
             return
 
 
-def answer(model: GPT, prompt: str, config: GenerateConfig, generator) -> None:
+def answer(model: GPT, prompt: str, config: GenerateConfig, generator, tokenizer=GPT2) -> None:
     """Print the prompt and its continuations on stdout, and the speed on stderr."""
     started, tokens, last = time.perf_counter(), 0, -1
-    for sample, text, count in continuations(model, prompt, config, generator):
+    for sample, text, count in continuations(model, prompt, config, generator, tokenizer):
         if sample > last:  # a new sample begins
             end = "\n" if last >= 0 else ""
             title = f"--- sample {sample + 1} of {config.num_samples}\n" if config.num_samples > 1 else ""
@@ -123,14 +132,16 @@ def prompts(config: GenerateConfig) -> Iterator[str]:
         print()  # Ctrl-D leaves the cursor behind the prompt
 
 
-def load(config: GenerateConfig, device: torch.device) -> GPT:
-    """Load the model. Raises UserError if it cannot write text."""
-    model = GPT.load(config.model).to(device)
-    if model.config.vocab_size < VOCAB_SIZE:
+def load(config: GenerateConfig, device: torch.device):
+    """Load the model and its tokenizer. Raises UserError if they cannot write text."""
+    source = checkpoint.find(config.model) or config.model
+    tokenizer = tokenizer_of(source)
+    model = GPT.load(source).to(device)
+    if tokenizer.has_gpt2_tokens and model.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{config.model} has {model.config.vocab_size} tokens, too few for GPT-2's encoding")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"{config.model} has weights that are not finite: name an earlier checkpoint")
-    return model
+    return model, tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -141,15 +152,16 @@ def main(argv: list[str]) -> None:
         raise UserError("--interactive asks for prompts: leave --prompt out")
     with processes(config.device) as world:
         device = world.device
-        model = load(config, device)
+        model, tokenizer = load(config, device)
         dtype, why = machine.pick_dtype(config.dtype, device)
-        print(f"{config.model}, {model.count_parameters():,} parameters; {machine.describe_device(device)}, "
+        own = f", {tokenizer.name}" if tokenizer.name != GPT2.name else ""
+        print(f"{config.model}, {model.count_parameters():,} parameters{own}; {machine.describe_device(device)}, "
               f"{str(dtype).removeprefix('torch.')}: {why}", file=sys.stderr)
         generator = torch.Generator(device).manual_seed(config.seed)
         with machine.autocast(dtype, device):
             for prompt in prompts(config):
                 try:
-                    answer(model, prompt, config, generator)
+                    answer(model, prompt, config, generator, tokenizer)
                 except (KeyboardInterrupt, UserError) as error:
                     if not config.interactive:
                         raise

@@ -372,7 +372,7 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
     """Load the model of a checkpoint or of --init_from, or build a new one."""
     torch.manual_seed(config.seed)
     if state or config.init_from:
-        model = GPT.load(state or config.init_from)
+        model = GPT.load(state or checkpoint.with_gpt2_tokens(config.init_from))
     else:
         sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
         shape = MODELS[config.model] | {name: size for name, size in sizes.items() if size}

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import torch
 
-from plumbing import files, published
-from plumbing.cli import UserError, print0, require
+from plumbing import files, foreign, published
+from plumbing.cli import UserError, explain, print0, require
 from plumbing.files import CheckpointError, atomic_write, check_inside, first_line
+from plumbing.model_tokenizer import require_gpt2_tokens
 from plumbing.ranks import check_launcher
 from plumbing.transformers_format import read_transformers
 
@@ -255,24 +256,30 @@ def find_not_finite(state, name: str = "the state") -> str | None:
     return None
 
 
+class OtherContent(CheckpointError):
+    """A file that is sound, but is no checkpoint of train_gpt2.py."""
+
+
 def load(path, verify: bool = True) -> dict:
-    """Load the checkpoint `path`. Raises CheckpointError if it is not a whole one.
+    """Load the checkpoint `path`. Raises CheckpointError if it is not a whole one, OtherContent if it is none of ours.
 
     Its tensors are pages of the file, read as they are used and shared by all ranks of a machine. `verify` compares the
     checksums, which takes a second per GB.
     """
+    kind = CheckpointError
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise FileNotFoundError
         if verify:
             check_archive(path)
+        kind = OtherContent
         state = read_state(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except MemoryError:
         raise
     except Exception as error:  # what the unpickler makes of bytes that somebody chose can be any
-        raise CheckpointError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
+        raise kind(f"{path} is not a whole checkpoint: {foreign.reason(error)}") from error
     wrong = list(KEYS)
     if isinstance(state, dict):
         upgrade(state)
@@ -280,7 +287,8 @@ def load(path, verify: bool = True) -> dict:
         if not wrong and not has_sound_scaler(state):
             wrong = ["scaler"]
     if wrong:
-        raise CheckpointError(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong")
+        hint = f"; {foreign.HINT}" if isinstance(state, dict) and "model_args" in state else ""
+        raise OtherContent(f"{path} is not a checkpoint of train_gpt2.py: {', '.join(wrong)} missing or wrong{hint}")
     state["path"] = str(path)
     return state
 
@@ -337,11 +345,59 @@ def has_sound_scaler(state: dict) -> bool:
 
 
 def restore(state: dict, optimizers: list, scaler, device: torch.device) -> None:
-    """Load the state of the optimizers and of the gradient scaler, and drop it from `state`."""
-    for optimizer, moments in zip(optimizers, state.pop("optimizers"), strict=True):
-        # on a CPU they are copied, since the checkpoint's tensors are pages of its file
-        optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
+    """Load the state of the optimizers and of the gradient scaler, and drop it from `state`.
+
+    Raises CheckpointError if it is not the state of these optimizers.
+    """
+    stored = state.pop("optimizers")
+    try:
+        if len(stored) != len(optimizers):
+            raise ValueError(f"there are {len(stored)} optimizers, not {len(optimizers)}")
+        for optimizer, moments in zip(optimizers, stored):
+            check_moments(optimizer, moments)
+            # on a CPU they are copied, since the checkpoint's tensors are pages of its file
+            optimizer.load_state_dict(copy.deepcopy(moments) if device.type == "cpu" else moments)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"the state of the optimizers in {state['path']} is not that of this model: "
+                              f"{explain(error)}: move the file away, and the one before it is used") from error
     scaler.load_state_dict(state["scaler"])
+
+
+MOMENTS = {  # what an optimizer keeps of a parameter; PyTorch reads and writes it without checking the shape
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"},
+}
+
+
+def check_moments(optimizer, stored: dict) -> None:
+    """Raise ValueError, KeyError or TypeError unless `stored` has the groups and the shapes of this optimizer."""
+    parameters, groups, expected = [], stored["param_groups"], MOMENTS[type(optimizer)]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError("its groups have other sizes")
+    for group, before in zip(optimizer.param_groups, groups):
+        parameters += zip(before["params"], group["params"])
+        for key, value in group.items():
+            if isinstance(value, (float, tuple)) and not like(before[key], value):
+                raise ValueError(f"{key} of a group is {before[key]!r:.40}")
+    # before the first update there is nothing yet, of any parameter
+    if stored["state"].keys() - dict(parameters) or len(stored["state"]) not in (0, len(parameters)):
+        raise ValueError(f"it is of {len(stored['state'])} tensors, not {len(parameters)}")
+    for index, parameter in parameters if stored["state"] else ():
+        moments = stored["state"][index]
+        if moments.keys() != expected:
+            raise ValueError(f"of tensor {index} there are {', '.join(map(str, moments))}")
+        for key, value in moments.items():
+            shape = () if key == "step" else tuple(parameter.shape)
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+                raise ValueError(f"{key} of tensor {index} is not a tensor of shape {shape}")
+            if key == "step" and not 0 <= value.item() < math.inf:
+                raise ValueError(f"step of tensor {index} is {value.item()}")
+
+
+def like(found, value) -> bool:
+    """Return whether `found` is a number where `value` is one, or a tuple of as many."""
+    if isinstance(value, tuple):
+        return isinstance(found, tuple) and len(found) == len(value) and all(map(like, found, value))
+    return isinstance(found, (int, float)) and math.isfinite(found)
 
 
 def newest(folder) -> Path | None:
@@ -385,29 +441,58 @@ def remove_temporary(folder) -> None:
 
 
 def find(source) -> dict | None:
-    """Load the checkpoint that `source` is, or the newest whole one in that run folder; None for any other source."""
+    """Load the checkpoint that `source` is, or the newest whole one in that run folder; None for any other source.
+
+    A file may also be nanoGPT's or build-nanogpt's; foreign.convert() then makes it one of ours, without optimizers.
+    Raises OSError or UserError that says what a file or folder seems to be if it is none of these.
+    """
     path = Path(source)
-    if path.suffix != ".pt":
-        if not path.is_dir() or (path / "config.json").exists():
+    if path.is_dir():
+        if (path / "config.json").exists():
             return None
         newest_path = newest(path)
         if newest_path is None:
-            inside = next((f": did you mean {folder}?" for folder in sorted(path.iterdir()) if listing(folder)), "")
-            raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{inside}")
+            raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{suggest(path)}")
         return load(newest_path, verify=False)
-    return load(path)
+    if path.suffix != ".pt" and not path.is_file():
+        return None
+    try:
+        return load(path)
+    except CheckpointError as error:
+        refusal = error
+    content = foreign.read(path) if isinstance(refusal, OtherContent) else None
+    if state := foreign.convert(content, path):
+        return state
+    if path.is_file() and (seems := foreign.explain_file(path, content)):
+        raise CheckpointError(f"{refusal}. It seems to be {seems}")
+    raise refusal
+
+
+def suggest(folder: Path) -> str:
+    """Say what a folder without a model seems to be, or in which folder the model may be; empty if unknown."""
+    if seems := foreign.explain_folder(folder):
+        return f"; {seems}"
+    inside = [path for path in sorted(folder.iterdir()) if listing(path) or (path / "config.json").is_file()]
+    return f": did you mean {inside[-1]}?" if inside else ""
 
 
 def read_model(source) -> tuple[dict, dict]:
     """Read (shape, weights) of a model: GPTConfig's fields, and the state dict.
 
-    `source` is a run folder (its newest whole checkpoint), a .pt file, a transformers folder, one of OpenAI's names,
-    or a state that load() has returned, whose weights are then taken out of it.
+    `source` is a run folder (its newest whole checkpoint), a .pt file, also nanoGPT's or build-nanogpt's, a
+    transformers folder, one of OpenAI's names, or a state that find() has returned, whose weights are then taken out.
     """
     state = source if isinstance(source, dict) else find(source)
     if state is None:
         return read_transformers(source)
     return state["model_config"], state.pop("model")
+
+
+def with_gpt2_tokens(source):
+    """Return what GPT.load() takes for `source`. Raises UserError if the model's tokens are not GPT-2's."""
+    state = find(source)
+    require_gpt2_tokens(state or source)
+    return state or source
 
 
 @contextlib.contextmanager

@@ -16,11 +16,13 @@ class DataError(OSError):
 def check_inside(path: Path) -> None:
     """Raise DataError if `path` is a link out of its folder or is not a regular file.
 
-    A folder from elsewhere must not lead anywhere else. The hub's cache may: its snapshots/COMMIT/ are links to blobs/.
+    A folder from elsewhere must not lead anywhere else. The hub's cache may: in its snapshots/COMMIT/, and in the
+    folders there, files are links to blobs/.
     """
     folders, target = [path.parent], Path(os.path.realpath(path))
-    if path.parent.parent.name == "snapshots":
-        folders.append(path.parent.parent.with_name("blobs"))
+    for parent in Path(os.path.abspath(path)).parents[1:]:
+        if parent.name == "snapshots":
+            folders.append(parent.with_name("blobs"))
     if not any(target.is_relative_to(os.path.realpath(folder)) for folder in folders):
         raise DataError(f"{path} is a link to another folder, {target}: put the file itself there")
     if (path.is_symlink() or path.exists()) and not path.is_file():

@@ -1,6 +1,15 @@
 """Numbers to compare a run with: what is published about OpenAI's GPT-2, and what the demo gives."""
 
-MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
+# OpenAI's models on the Hugging Face hub, openai-community/NAME: the commit, and the sha256 of model.safetensors there,
+# if it is known
+MODELS = {
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
 PARAMETERS = 124_439_808  # of gpt2
 
 # GPT-2 124M on FineWeb-Edu: nats per token over the first 10,485,760 validation tokens, in windows of 1,024

@@ -253,8 +253,11 @@ def sign(content: bytes) -> bytes:
     return f"train_gpt2.py {hashlib.sha256(content).hexdigest()} -->\n".encode()
 
 
-def model_card(name: str, source: str, parameters: int, folder: Path | None, step: int) -> str:
-    """Return README.md of a model exported from `source`, with what the log in `folder` says of it up to `step`."""
+def model_card(name: str, source: str, parameters: int, folder: Path | None, step: int, tokenizer: str) -> str:
+    """Return README.md of a model exported from `source`, with what the log in `folder` says of it up to `step`.
+
+    `tokenizer` says whose the tokenizer is.
+    """
     data, about = "", f"No log of its training could be read. {not_measured([])}\n"
     try:
         lines = [line for line in curve.read_log(folder) if line.get("step", 0) <= step] if folder else []
@@ -272,7 +275,7 @@ tags: [gpt2]
 
 # {name}
 
-A GPT-2 with {parameters:,} parameters and GPT-2's tokenizer, exported from {source}.
+A GPT-2 with {parameters:,} parameters and {tokenizer}, exported from {source}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

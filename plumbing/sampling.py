@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.cli import UserError
+from plumbing.model_tokenizer import Gpt2Tokenizer
 from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -65,12 +66,12 @@ def read(model, idx, cache):
 
 
 @torch.no_grad()
-def stream_tokens(model, idx, max_new_tokens: int, choose, num_samples: int = 1):
+def stream_tokens(model, idx, max_new_tokens: int, choose, num_samples: int = 1, vocab_size: int = VOCAB_SIZE):
     """Yield the tokens that continue idx (B, T), one position at a time, each (B * num_samples, 1).
 
-    choose(logits (B, V)) returns the next tokens (B, 1); see choose_token(). No id >= 50,257 is ever among them. A
-    prompt is read once for all its samples. Past block_size the window slides, and every token costs a pass over all of
-    it. Raises UserError if the logits are not finite.
+    choose(logits (B, V)) returns the next tokens (B, 1); see choose_token(). No id >= `vocab_size` is ever among them.
+    A prompt is read once for all its samples. Past block_size the window slides, and every token costs a pass over all
+    of it. Raises UserError if the logits are not finite.
     """
     block_size, cache = model.config.block_size, new_cache(model)
     h = read(model, idx[:, -block_size:], cache)[:, -1]  # (B, C)
@@ -83,7 +84,7 @@ def stream_tokens(model, idx, max_new_tokens: int, choose, num_samples: int = 1)
             if idx.size(1) > block_size:  # all positions have shifted: cached keys and values are stale
                 new, cache = idx[:, -block_size:], new_cache(model)
             h = read(model, new, cache)[:, -1]  # (B, C)
-        next_id = choose(model.lm_head(h)[:, :VOCAB_SIZE].float())  # (B, V) -> (B, 1)
+        next_id = choose(model.lm_head(h)[:, :vocab_size].float())  # (B, V) -> (B, 1)
         idx = torch.cat((idx, next_id), dim=1)
         yield next_id
 
@@ -121,7 +122,7 @@ def sample_text(model, prompt: str, world) -> str:
         return f"(no sample: {error})"
     if model.config.vocab_size < VOCAB_SIZE:
         return f"(no sample: the model has only {model.config.vocab_size} of GPT-2's tokens)"
-    idx = torch.tensor([encoding.encode(prompt, allowed_special="all") or [EOT]], device=world.device)  # (1, T)
+    idx = torch.tensor([Gpt2Tokenizer().encode(prompt) or [EOT]], device=world.device)  # (1, T)
     try:
         with world.autocast:
             generator = torch.Generator(world.device).manual_seed(42)

@@ -74,9 +74,14 @@ class Shard:
             mapped = torch.from_file(os.fspath(self.path), shared=False, size=end, dtype=torch.uint16)
             self.tokens = mapped.numpy()[self.offset // 2:]
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Read tokens without the mapping, whose pages would count as this process's memory once touched."""
-        return np.fromfile(self.path, "<u2", stop - start, offset=self.offset + 2 * start)
+    def read(self, places: list[tuple[int, int]]) -> list[np.ndarray]:
+        """Read tokens [start, stop) of several places without the mapping, whose pages would count as memory in use."""
+        windows = []
+        with open(self.path, "rb", buffering=0) as file:
+            for start, stop in places:
+                file.seek(self.offset + 2 * start)
+                windows.append(np.fromfile(file, "<u2", stop - start))
+        return windows
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read tokens [start, stop) from the disk, and return at once."""
@@ -97,8 +102,8 @@ class Shard:
     def hash_sample(self) -> bytes:
         """Return a hash of a sample of the tokens, as they are now."""
         hashed = hashlib.sha256()
-        for start, stop in (*sample_windows(self.count), *more_windows(self.count)):
-            hashed.update(self.read(start, stop).data)
+        for window in self.read([*sample_windows(self.count), *more_windows(self.count)]):
+            hashed.update(window.data)
         return hashed.digest()
 
     def changed(self) -> DataError:

@@ -109,9 +109,10 @@ def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size
         hashed.update(f"{len(shard)} ".encode())
         windows = []
         for digest, places in ((spread, more_windows(len(shard))), (hashed, sample_windows(len(shard)))):
-            for start, stop in places:
-                windows.append(shard.read(start, stop) if isinstance(shard, Shard) else shard[start:stop])
-                digest.update(np.ascontiguousarray(windows[-1], dtype="<u2").data)
+            found = shard.read(places) if isinstance(shard, Shard) else [shard[start:stop] for start, stop in places]
+            for window in found:
+                digest.update(np.ascontiguousarray(window, dtype="<u2").data)
+            windows += found
         if vocab_size == VOCAB_SIZE and isinstance(shard, Shard):  # what was encoded here needs no check
             check_gpt2(windows, name)
         for tokens in windows:

@@ -1,4 +1,5 @@
-"""A Hugging Face hub on loopback: the real clients download from it, and a test decides what goes wrong."""
+"""A Hugging Face hub on loopback: the real clients use it, and a test decides what goes wrong."""
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -17,10 +18,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     `trouble(path)` of a request, where it is set, returns what to do instead of answering: a status to fail with,
     "cut" to send half of the file and hang up, "html" to send a page, "mute" to say nothing for two seconds, None to
-    answer. `files` maps paths of other sites to what they hold.
+    answer. `files` maps paths of other sites to what they hold. Uploads are taken from who has `token`, for models of
+    `owner`, and end in `uploaded`, {OWNER/NAME: {name: bytes}}.
     """
 
     repositories, files, trouble, seen = {}, {}, None, []
+    token, owner, uploaded, stored = "hf_token", "me", {}, {}
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
@@ -30,6 +33,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self):
+        self.answer()
+
+    def do_PUT(self):
         self.answer()
 
     def answer(self):
@@ -43,6 +49,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path, _, query = urllib.parse.unquote(self.path).partition("?")
         if path in self.files:
             return self.reply(self.files[path])
+        upload = re.fullmatch(r"/api/repos/create|/api/validate-yaml|/api/models/(.+)/(?:preupload|commit)/main|"
+                              r"/(.+)\.git/info/lfs/.+|/put/.+", path)
+        if upload:
+            return self.take(path, upload[1] or upload[2], body)
         if api := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+(?:/(.*))?)?", path):
             repository, kind, under = api.groups()
             if repository not in self.repositories:
@@ -61,6 +71,40 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if folder and (folder / file[3]).is_file():
                 return self.reply((folder / file[3]).read_bytes(), ranged=True)
         return self.reply(b"{}", status=404)
+
+    def take(self, path, repository, body):
+        """Answer one of the requests of which an upload consists."""
+        if path.startswith("/put/"):  # its address is the permission
+            self.stored[path.removeprefix("/put/")] = body
+            return self.reply({})
+        if self.headers.get("Authorization") != f"Bearer {self.token}":
+            return self.reply({"error": "Invalid username or password."}, status=401)
+        if path.endswith("/create"):
+            asked = json.loads(body)
+            repository = f"{asked.get('organization', self.owner)}/{asked['name']}"
+            if not repository.startswith(self.owner + "/"):
+                return self.reply({"error": "You don't have the rights"}, status=403)
+            status = 409 if repository in self.uploaded else 200
+            self.uploaded.setdefault(repository, {})
+            return self.reply({"url": f"http://{self.headers['Host']}/{repository}"}, status=status)
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return self.reply({"files": [{"path": name, "shouldIgnore": False, "uploadMode": "lfs" if name.endswith(
+                ".safetensors") else "regular"} for name in names]})
+        if path.endswith("/validate-yaml"):
+            return self.reply({"errors": [], "warnings": []})
+        if "/info/lfs/" in path:
+            here = f"http://{self.headers['Host']}/put/"
+            return self.reply({"objects": [{**entry, "actions": {"upload": {"href": here + entry["oid"]}}}
+                                           for entry in json.loads(body)["objects"]]})
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.uploaded[repository][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.uploaded[repository][value["path"]] = self.stored[value["oid"]]
+        return self.reply({"success": True, "commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}",
+                           "commitOid": COMMIT})
 
     def listing(self, repository, under, recursive):
         root = self.repositories[repository]
@@ -110,7 +154,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def hub(repositories: dict[str, Path], cache: Path):
     """A hub with these repositories -> (the environment that makes it the hub, its handler class)."""
-    handler = type("ThisHub", (Hub,), {"repositories": repositories, "seen": []})
+    handler = type("ThisHub", (Hub,), {"repositories": repositories, "seen": [], "uploaded": {}, "stored": {}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -49,6 +49,7 @@ OPENAI = {"--model", "--init_from"}  # after these flags, the name gpt2 stands f
 NOT_RUN = {
     "pip install": "needs a package index",
     "python fineweb.py --download": "needs a network",
+    "python export_hf.py log/demo out/ --push_to_hub": "needs a network; tests/test_upload.py has a hub",
     "lm_eval": "downloads HellaSwag; tests/test_export.py calls lm-eval itself",
     "tensorboard": "runs until it is stopped",
     "torchrun --nnodes=2": "needs several machines",
@@ -62,7 +63,7 @@ NOT_RUN = {
 # Flags in the texts that belong to other programs.
 FOREIGN = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts", "model_args",
            "tasks", "logdir", "array", "cpus-per-task", "wrap", "signal", "requeue", "open-mode", "nodes", "time",
-           "ntasks-per-node", "gpus-per-node"}
+           "ntasks-per-node", "gpus-per-node", "outfile"}
 
 
 class Command(NamedTuple):

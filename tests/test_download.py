@@ -2,9 +2,20 @@
 import pytest
 import torch
 from conftest import flags, run
-from hub import hub
+from hub import COMMIT, hub
 from safetensors.torch import load_file
 from test_model import random_gpt2
+
+from plumbing import published
+from plumbing.files import sha256
+
+TRAIN = """
+import sys
+from plumbing import cli, published
+published.MODELS["gpt2"] = (published.MODELS["gpt2"][0], {known!r})  # of the test's model
+import train_gpt2
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
 
 
 @pytest.fixture
@@ -18,8 +29,10 @@ def gpt2_hub(tmp_path):
 
 def test_openai_s_weights_are_downloaded_and_evaluated(gpt2_hub, shard_folder, tmp_path):
     environment, handler = gpt2_hub
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN.format(known=sha256(tmp_path / "model" / "model.safetensors")))
     arguments = flags(data=shard_folder, init_from="gpt2", out_dir=tmp_path / "named", checkpoint_every=0, max_steps=1)
-    result = run(arguments, **environment)
+    result = run(arguments, script=script, **environment)
     assert result.returncode == 0, result.stderr
     state = torch.load(tmp_path / "named" / "model_000001.pt")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -27,9 +40,26 @@ def test_openai_s_weights_are_downloaded_and_evaluated(gpt2_hub, shard_folder, t
     moved = abs(state["model"]["lm_head.weight"] - weights["transformer.wte.weight"]).max()
     assert 0 < moved <= 0.011  # one step at lr 0.01
     assert not any("flax_model" in path for path in handler.seen)  # only the two files that are read
-    offline = run([*arguments[:-2], "--max_steps", "0", "--out_dir", str(tmp_path / "again")],
+    files = [path for path in handler.seen if "/resolve/" in path]
+    assert len(files) >= 2 and all(f"/resolve/{COMMIT}/" in path for path in files)
+    offline = run([*arguments[:-2], "--max_steps", "0", "--out_dir", str(tmp_path / "again")], script=script,
                   **{**environment, "HF_HUB_OFFLINE": "1"})
     assert offline.returncode == 0, offline.stderr  # the second time comes from the cache
+
+
+def test_other_content_under_openai_s_name_is_refused(gpt2_hub, shard_folder, tmp_path):
+    environment, _ = gpt2_hub
+    result = run(flags(data=shard_folder, init_from="gpt2", out_dir=tmp_path / "out"), **environment)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "model.safetensors is not OpenAI's gpt2, whose sha256 begins with 248dfc391186: delete " in last
+    assert last.split(": delete ")[1].split()[0].endswith("models--openai-community--gpt2")  # with the blobs
+
+
+def test_the_pinned_revisions_are_whole_commits():
+    for revision, known in published.MODELS.values():
+        assert len(revision) == 40 and int(revision, 16)
+        assert known is None or (len(known) == 64 and int(known, 16))
 
 
 @pytest.mark.parametrize("what, where", [(500, "/"), ("cut", "/resolve/")])

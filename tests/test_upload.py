@@ -1,0 +1,60 @@
+"""export_hf.py --push_to_hub: the real client uploads to a hub on loopback; what was exported stays in any case."""
+import pytest
+from conftest import ENCODING, ROOT, needs, run
+from hub import hub
+from test_model import random_gpt2
+
+pytestmark = needs(*ENCODING, "transformers")
+SCRIPT = ROOT / "export_hf.py"
+
+
+@pytest.fixture
+def loopback(tmp_path):
+    """(the environment that makes a loopback server the hub, with a token that may write; its handler class)."""
+    random_gpt2(tmp_path / "model", n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    with hub({}, tmp_path / "cache") as (environment, handler):
+        yield {**environment, "HF_TOKEN": handler.token}, handler
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_exported_folder_is_uploaded(loopback, tmp_path):
+    environment, handler = loopback
+    result = run(["model", "out", "--push_to_hub", "me/small"], cwd=tmp_path, script=SCRIPT, **environment)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("out: loaded again by") and lines[1].startswith("uploaded to http://127.0.0.1:")
+    assert lines[1].endswith("/me/small")
+    assert handler.uploaded == {"me/small": contents(tmp_path / "out")}
+    again = run(["model", "again", "--push_to_hub", "me/small"], cwd=tmp_path, script=SCRIPT, **environment)
+    assert again.returncode == 0, again.stderr  # a repository that exists gets another commit
+    assert handler.uploaded == {"me/small": contents(tmp_path / "again")}
+
+
+@pytest.mark.parametrize("name, changes, trouble, message", [
+    ("me/small", {"HF_TOKEN": ""}, None, "log in with `hf auth login`"),
+    ("me/small", {"HF_TOKEN": "hf_wrong"}, None, "log in with `hf auth login`"),
+    ("other/small", {}, None, "you may not write to other/small: name one of your own"),
+    ("me/small", {"HF_HUB_OFFLINE": "1"}, None, "unset HF_HUB_OFFLINE"),
+    ("me/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, None, "check the network"),
+    ("me/small", {}, "/commit/", "the hub answered 418"),
+])
+def test_an_upload_that_fails_is_one_line_and_the_folder_stays(name, changes, trouble, message, loopback, tmp_path):
+    environment, handler = loopback
+    handler.trouble = staticmethod(lambda path: 418 if trouble and trouble in path else None)
+    result = run(["model", "out", "--push_to_hub", name], cwd=tmp_path, script=SCRIPT, **{**environment, **changes})
+    assert result.returncode == 2, result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: cannot upload to {name}: {message}") and "Traceback" not in result.stderr
+    assert f"upload it with `hf upload {name} out .`" in line and "hf_" not in line.replace("hf_hub", "")
+    assert "model.safetensors" in contents(tmp_path / "out") and "README.md" in contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["small", "me/", "/small", "me/small/more", "https://hub/me/small", "me/a b"])
+def test_a_name_of_another_form_is_refused_before_anything_is_exported(name, tmp_path):
+    random_gpt2(tmp_path / "model", n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    result = run(["model", "out", "--push_to_hub", name], cwd=tmp_path, script=SCRIPT)
+    assert result.returncode == 2 and f"--push_to_hub is {name!r}, it must be OWNER/NAME" in result.stderr
+    assert not (tmp_path / "out").exists()
