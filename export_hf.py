@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint, report, transformers_format, upload
+from plumbing import models, report, transformers_format, upload
 from plumbing.cli import UserError, check_values, parse_flags, run_command
 from plumbing.model_tokenizer import END, tokenizer_of
 from plumbing.tokenizer import VOCAB_SIZE, vocabulary_files
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{config.out} exists already: name a new folder")
     if config.push_to_hub:
         upload.check_name(config.push_to_hub)
-    state = checkpoint.find(source)
+    state = models.find(source)
     tokenizer = tokenizer_of(state or source)
     model = GPT.load(state or source)
     rows = model.config.vocab_size

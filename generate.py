@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 
-from plumbing import checkpoint, machine
+from plumbing import machine, models
 from plumbing.cli import Dtype, Prompt, Range, UserError, check_values, parse_flags, plural, require, run_command
 from plumbing.model_tokenizer import Gpt2Tokenizer, tokenizer_of
 from plumbing.ranks import processes
@@ -134,7 +134,7 @@ def prompts(config: GenerateConfig) -> Iterator[str]:
 
 def load(config: GenerateConfig, device: torch.device):
     """Load the model and its tokenizer. Raises UserError if they cannot write text."""
-    source = checkpoint.find(config.model) or config.model
+    source = models.find(config.model) or config.model
     tokenizer = tokenizer_of(source)
     model = GPT.load(source).to(device)
     if tokenizer.has_gpt2_tokens and model.config.vocab_size < VOCAB_SIZE:

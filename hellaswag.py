@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from plumbing import checkpoint, cli, jsonl, machine, network, published, sampling, tokenizer
+from plumbing import cli, jsonl, machine, models, network, published, sampling, tokenizer
 from plumbing.batching import Row, Work, assign_batches, make_batches, make_passes
 from plumbing.cli import Dtype, Stopped, UserError, print0
 from plumbing.ranks import World, processes
@@ -375,7 +375,7 @@ def main(argv: list[str]) -> None:
         jsonl.check_new_file(config.out, "choose another --out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does and leaves as little behind
     with processes(config.device) as world:
-        model = GPT.load(checkpoint.with_gpt2_tokens(config.model)).to(world.device)
+        model = GPT.load(models.with_gpt2_tokens(config.model)).to(world.device)
         examples = load_examples(config.split, config.data, config.limit, config.style, world)
         dtype, why = machine.pick_dtype(config.dtype, world.device)
         if world.rank == 0:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import hellaswag
-from plumbing import checkpoint, cli, files, machine, shards
+from plumbing import checkpoint, cli, files, machine, models, run_folder, shards
 from plumbing.ranks import World, processes
 from plumbing.runlog import RunLog, describe_start
 from plumbing.sampling import sample_text
@@ -242,8 +242,8 @@ class GPT(nn.Module):
     @classmethod
     def load(cls, source) -> "GPT":
         """Load a run, .pt file, transformers folder or OpenAI name; raises OSError or UserError."""
-        shape, weights = checkpoint.read_model(source)
-        with checkpoint.checked_against(shape, weights, source):
+        shape, weights = models.read_model(source)
+        with models.checked_against(shape, weights, source):
             model = cls(GPTConfig(**shape))
             model.load_state_dict(weights)
         return model
@@ -372,7 +372,7 @@ def build_model(config: TrainConfig, state: dict | None) -> GPT:
     """Load the model of a checkpoint or of --init_from, or build a new one."""
     torch.manual_seed(config.seed)
     if state or config.init_from:
-        model = GPT.load(state or checkpoint.with_gpt2_tokens(config.init_from))
+        model = GPT.load(state or models.with_gpt2_tokens(config.init_from))
     else:
         sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
         shape = MODELS[config.model] | {name: size for name, size in sizes.items() if size}
@@ -396,7 +396,7 @@ class Run:
     """One rank's part of a training run."""
 
     def __init__(self, config: TrainConfig, world: World, folder: files.Lock | None):
-        state, resuming = checkpoint.to_continue(config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
+        state, resuming = run_folder.to_continue(config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
         self.raw_model = build_model(config, state).to(world.device)  # the plain module
         self.start = describe_start(config, PRESETS, world, self.raw_model, state, resuming)
         config, world, reasons = machine.resolve(config, state, self.raw_model, world)
@@ -461,7 +461,7 @@ class Run:
             "origin_sha256": self.start["origin_sha256"],  # of the weights of --init_from or --branch_from
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        checkpoint.write(self.config, self.world, self.log, state, self.finite, required, name)
+        run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
 
     def train(self) -> float:
         """Train to the last step or the first signal; return the last validation loss."""
@@ -530,7 +530,7 @@ class Run:
 
 def evaluate_only(config: TrainConfig, world: World) -> float:
     """Return the validation loss of the run in out_dir, or of --init_from."""
-    state = checkpoint.to_evaluate(config, world)
+    state = run_folder.to_evaluate(config, world)
     step = state["step"] if state else 0
     raw_model = build_model(config, state).to(world.device)
     start = describe_start(config, PRESETS, world, raw_model, state)
@@ -590,9 +590,9 @@ def main(config: TrainConfig) -> float:
           processes(config.device, config.deterministic, stop) as world):
         if not trains:
             return evaluate_only(config, world)
-        with checkpoint.hold(config.out_dir, world) as folder:
+        with run_folder.hold(config.out_dir, world) as folder:
             run = Run(config, world, folder)
-            with machine.explained_errors(run.config), checkpoint.saved_on_errors(run):
+            with machine.explained_errors(run.config), run_folder.saved_on_errors(run):
                 return run.train()
 
 

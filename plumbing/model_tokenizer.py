@@ -129,7 +129,7 @@ class OwnDecoder:
 
 
 def tokenizer_of(source):
-    """Return the tokenizer of a model: a state that checkpoint.find() has loaded, or a folder or name.
+    """Return the tokenizer of a model: a state that models.find() has loaded, or a folder or name.
 
     Raises UserError if it is neither GPT-2's nor one that can be loaded, or DataError for a link out of the folder.
     """

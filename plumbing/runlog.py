@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint, machine, reference, shards
+from plumbing import machine, reference, run_folder, shards
 from plumbing.cli import UserError, clock, explain, plural, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
@@ -56,8 +56,8 @@ def command_line(config, presets: dict[str, dict], world) -> str:
 def describe_start(config, presets: dict[str, dict], world, model, state: dict | None, resuming: bool = False) -> dict:
     """Describe how a run starts: with which command, from which weights, and after which step if it is resumed."""
     return {"command": command_line(config, presets, world),
-            "origin": checkpoint.describe_origin(config, state, resuming),
-            "origin_sha256": checkpoint.origin_hash(config, state, resuming, model),
+            "origin": run_folder.describe_origin(config, state, resuming),
+            "origin_sha256": run_folder.origin_hash(config, state, resuming, model),
             "resumed_from": state["step"] if resuming else None}
 
 

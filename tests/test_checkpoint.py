@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from plumbing import checkpoint, files, transformers_format
+from plumbing import checkpoint, files, run_folder, transformers_format
 from plumbing.checkpoint import CheckpointError
 
 
@@ -170,14 +170,14 @@ def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
 
 def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plumbing import checkpoint\n" \
-           f"with checkpoint.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
+           f"with run_folder.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match=r"another run is training into \S+: wait for it"), checkpoint.lock(tmp_path):
+    with pytest.raises(OSError, match=r"another run is training into \S+: wait for it"), run_folder.lock(tmp_path):
         pass
     holder.kill()
     holder.wait()
-    with checkpoint.lock(tmp_path):
+    with run_folder.lock(tmp_path):
         pass
 
 

@@ -8,7 +8,7 @@ from conftest import flags, read_log, write_shards
 from test_train import assert_same_run
 
 import train_gpt2
-from plumbing import checkpoint, files
+from plumbing import files, run_folder
 from plumbing.cli import UserError
 
 
@@ -83,14 +83,14 @@ def test_a_run_whose_folder_another_run_has_taken_stops_and_leaves_it_alone(ever
 
 def test_a_live_run_holds_the_folder_that_replaced_a_deleted_one(tmp_path):
     out = tmp_path / "out"
-    with checkpoint.lock(out) as held:
+    with run_folder.lock(out) as held:
         assert held.renew() == ""
         (out / ".lock").unlink()
         assert held.renew() == f"{out / '.lock'} was deleted"
         refused = []
 
         def second():  # filelock lets one thread lock again what it holds
-            with pytest.raises(OSError) as caught, checkpoint.lock(out):
+            with pytest.raises(OSError) as caught, run_folder.lock(out):
                 pass
             refused.append(str(caught.value))
 
@@ -98,13 +98,13 @@ def test_a_live_run_holds_the_folder_that_replaced_a_deleted_one(tmp_path):
         thread.start()
         thread.join()
         assert "another run is training into" in refused[0]
-    with checkpoint.lock(out):
+    with run_folder.lock(out):
         pass
 
 
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="s3://bucket/run is an address"), checkpoint.lock("s3://bucket/run"):
+    with pytest.raises(OSError, match="s3://bucket/run is an address"), run_folder.lock("s3://bucket/run"):
         pass
     assert os.listdir(tmp_path) == []
 

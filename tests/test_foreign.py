@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ENCODING, ROOT, flags, needs, run
 
-from plumbing import checkpoint, foreign
+from plumbing import checkpoint, foreign, models
 from plumbing.checkpoint import CheckpointError
 from plumbing.cli import UserError
 from train_gpt2 import GPT, GPTConfig
@@ -98,11 +98,11 @@ def test_build_nanogpt_s_checkpoint_gives_the_logits_of_transformers(tmp_path):
 
 
 def test_reading_it_works_in_several_threads_and_leaves_pytorch_s_list_as_it_was(tmp_path):
-    theirs, weights = make_theirs()
+    _theirs, weights = make_theirs()
     path = write_build_nanogpt(tmp_path / "model_19072.pt", weights)
     before = set(torch.serialization.get_safe_globals())
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for state in pool.map(checkpoint.find, [path] * 16):
+        for state in pool.map(models.find, [path] * 16):
             assert state["program"] == "build-nanogpt" and state["step"] == 19072
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(Exception, match="GPTConfig"):
@@ -142,10 +142,10 @@ def test_no_code_of_a_file_is_run(where, blocked, tmp_path):
         content[where] = evil
     torch.save(content, tmp_path / "ckpt.pt")
     if where == "iter_num" and not blocked:
-        assert checkpoint.find(tmp_path / "ckpt.pt")["step"] == 0
+        assert models.find(tmp_path / "ckpt.pt")["step"] == 0
     else:
         with pytest.raises(CheckpointError):
-            checkpoint.find(tmp_path / "ckpt.pt")
+            models.find(tmp_path / "ckpt.pt")
     foreign.read(tmp_path / "ckpt.pt")
     assert not (tmp_path / "broken_into").exists()
 
@@ -188,7 +188,7 @@ def test_a_hub_s_name_says_how_to_have_it():
 
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     torch.save(nanogpt(make_theirs()[1], n_embd=16), tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="the weights in .*ckpt.pt are not those of its configuration"):
+    with pytest.raises(UserError, match=r"the weights in .*ckpt.pt are not those of its configuration"):
         GPT.load(tmp_path / "ckpt.pt")
 
 
@@ -302,7 +302,7 @@ OTHERS = {  # name, what makes the file, and what the message must say
 def test_files_of_other_programs_say_what_they_seem_to_be(kind, tmp_path):
     name, write, message = OTHERS[kind]
     (tmp_path / name).write_bytes(write) if isinstance(write, bytes) else write(tmp_path / name)
-    for load in (GPT.load, checkpoint.with_gpt2_tokens):
+    for load in (GPT.load, models.with_gpt2_tokens):
         with pytest.raises((UserError, CheckpointError), match=message) as error:
             load(tmp_path / name)
         text = str(error.value)
@@ -374,7 +374,7 @@ def test_an_edited_state_of_the_optimizer_is_refused_by_name(spoil, kind):
     optimizer = steps(model, kind)
     wrong = state()
     SPOILS[spoil](wrong["optimizers"][0])
-    with pytest.raises(CheckpointError, match="the state of the optimizers in log/model_000001.pt is not that of this"):
+    with pytest.raises(CheckpointError, match=r"the state of the optimizers in log/model_000001.pt is not that of this"):
         checkpoint.restore(wrong, [optimizer], scaler, torch.device("cpu"))
 
 

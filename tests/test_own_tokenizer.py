@@ -11,7 +11,7 @@ from test_model import random_gpt2
 
 import generate
 from generate import GenerateConfig, continuations
-from plumbing import checkpoint, model_tokenizer
+from plumbing import model_tokenizer, models
 from plumbing.cli import UserError
 from plumbing.files import CheckpointError, DataError
 from plumbing.model_tokenizer import tokenizer_of
@@ -71,7 +71,7 @@ def chat(tmp_path):
 
 @pytest.mark.parametrize("which", ["spanish", "chat"])
 def test_prompts_are_encoded_and_text_is_decoded_as_transformers_does(which, request):
-    folder, theirs, tokenizer = request.getfixturevalue(which)
+    folder, *_ = request.getfixturevalue(which)
     loaded, ours = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(folder)
     for text in [*TEXTS, "plainword and<|bot|>plainwords"]:
         ids = ours.encode(text)
@@ -199,7 +199,7 @@ def test_gpt2_s_own_tokenizer_counts_as_such_in_any_form(save, tmp_path):
     save(tmp_path / "model", tokenizer)
     ours = tokenizer_of(tmp_path / "model")
     assert ours.name == "GPT-2's tokenizer" and ours.has_gpt2_tokens
-    checkpoint.with_gpt2_tokens(tmp_path / "model")
+    models.with_gpt2_tokens(tmp_path / "model")
     for text in TEXTS:
         assert ours.encode(text) == transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"]
 
@@ -210,7 +210,7 @@ def test_a_padding_token_without_a_row_leaves_the_model_s_tokens_gpt2_s(tmp_path
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     random_gpt2(tmp_path / "model", **SMALL)
     tokenizer.save_pretrained(tmp_path / "model")
-    checkpoint.with_gpt2_tokens(tmp_path / "model")
+    models.with_gpt2_tokens(tmp_path / "model")
     result = run(["--model", tmp_path / "model", "--device", "cpu", "--max_new_tokens", "2", "--prompt", "x[PAD]"],
                  script=ROOT / "generate.py")
     assert result.returncode == 2 and "the prompt has the token 50257, but the model only 50257 rows" in result.stderr
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_by_name(spoil, message, tmp_
     tokenizer_of(tmp_path / "model")
     spoil(tmp_path / "model")
     GPT.load(tmp_path / "model")  # as a model it is sound
-    for check in (tokenizer_of, checkpoint.with_gpt2_tokens):
+    for check in (tokenizer_of, models.with_gpt2_tokens):
         with pytest.raises((UserError, DataError), match=message.replace("|", r"\|")) as error:
             check(tmp_path / "model")
         assert "\n" not in str(error.value)

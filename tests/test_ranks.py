@@ -5,7 +5,7 @@ import torch.distributed as dist
 from conftest import ROOT, flags, read_log, run
 from test_train import assert_same_run, final_state
 
-from plumbing import checkpoint, ranks
+from plumbing import checkpoint, ranks, run_folder
 
 pytestmark = pytest.mark.dist
 INJECT = ROOT / "tests" / "faults" / "inject.py"
@@ -44,7 +44,7 @@ def test_an_error_of_rank_0_alone_is_raised_on_every_rank(fault, shard_folder, t
         (out / "model_000005.pt").write_bytes(b"nothing")
         refused_by_both(arguments, "no checkpoint in")
     elif fault == "lock":
-        with checkpoint.lock(out):
+        with run_folder.lock(out):
             refused_by_both(arguments, "another run is training into")
     elif fault == "log":
         (out / "log.jsonl").mkdir()

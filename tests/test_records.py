@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, flags, read_log, run
 
 import train_gpt2
-from plumbing import checkpoint, machine, ranks, runlog
+from plumbing import checkpoint, machine, ranks, run_folder, runlog
 from plumbing.cli import UserError, check_values
 from plumbing.files import CheckpointError
 from plumbing.ranks import World
@@ -96,9 +96,9 @@ def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(name, default, 
     path = out / "model_000006.pt"
     config = parse_args(flags(data=data, out_dir=out))
     state = checkpoint.load(path)
-    checkpoint.check_same_experiment(replace(config, **{name: default}), state, MAY_CHANGE_ON_RESUME, path)
+    run_folder.check_same_experiment(replace(config, **{name: default}), state, MAY_CHANGE_ON_RESUME, path)
     with pytest.raises(UserError, match=f"--{name}|already holds a run"):
-        checkpoint.check_same_experiment(replace(config, **{name: other}), state, MAY_CHANGE_ON_RESUME, path)
+        run_folder.check_same_experiment(replace(config, **{name: other}), state, MAY_CHANGE_ON_RESUME, path)
 
 
 @pytest.fixture
