@@ -17,6 +17,7 @@ import numpy as np
 from plumbing.cli import UserError
 from plumbing.texts import Texts, as_strings, as_utf8
 from plumbing.tokenizer import EOT, gpt2_encoding
+from plumbing.tokenizer import encode as encode_with_tiktoken
 
 CHECK_EVERY = 1000  # rows; the first row of each thousand is compared with tiktoken
 MEMORY_LIMIT = 2 << 30  # bytes used by this process; above them, gigatoken's cache of words is dropped
@@ -65,7 +66,7 @@ class Tiktoken:
     """Encodes Arrow strings with tiktoken, the reference, in the form of Gigatoken."""
 
     def __call__(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        ids = [gpt2_encoding().encode_ordinary(text) for text in texts.to_pylist()]
+        ids = [encode_with_tiktoken(text) for text in texts.to_pylist()]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, lengths.sum()), lengths
 
@@ -88,7 +89,7 @@ def make_encoder(tokenizer: str):
         print(f"warning: {error}: using tiktoken, many times slower", file=sys.stderr, flush=True)
         return Tiktoken(), "tiktoken"
     for text, found in zip(TRICKY, np.split(ids, np.cumsum(lengths)[:-1])):
-        if found.tolist() != gpt2_encoding().encode_ordinary(text):
+        if found.tolist() != encode_with_tiktoken(text):
             raise UserError(f"gigatoken and tiktoken differ on the text {text!r}: use --tokenizer tiktoken")
     return encode, "gigatoken"
 
@@ -101,7 +102,7 @@ def encode_texts(piece: Texts, encode, files: list[str]) -> tuple[Texts, np.ndar
     ids, lengths = encode(piece.texts)
     ends = np.cumsum(lengths)
     for i in np.flatnonzero(piece.rows % CHECK_EVERY == 0).tolist():
-        if ids[ends[i] - lengths[i]:ends[i]].tolist() != gpt2_encoding().encode_ordinary(piece.texts[i].as_py()):
+        if ids[ends[i] - lengths[i]:ends[i]].tolist() != encode_with_tiktoken(piece.texts[i].as_py()):
             raise UserError(f"gigatoken and tiktoken differ on row {piece.rows[i]} (from 0) of {files[piece.file]}: "
                             "start again with --tokenizer tiktoken and another --out")
     return piece, ids, lengths

@@ -130,6 +130,15 @@ def test_json_lines_with_bom_blank_lines_bad_utf8_and_no_last_newline(tmp_path):
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(["first", "bad \ufffd", "last"]))
 
 
+@pytest.mark.parametrize("tokenizer", ["gigatoken", "tiktoken"])
+def test_a_document_of_a_million_blanks_is_tokenized(tokenizer, tmp_path):
+    """It makes tiktoken panic, which compares the first row with gigatoken's."""
+    source = write_jsonl(tmp_path / "a.jsonl", [" " * 1_100_000 + "end", "next", "y" * 300_000])
+    prepare(source=source, out=tmp_path / "out", tokenizer=tokenizer)
+    expected = [EOT, *gpt2_encoding().encode_ordinary(" " * 1_099_999), *gpt2_encoding().encode_ordinary(" end")]
+    assert np.concatenate(shards(tmp_path / "out")).tolist() == [*expected, *plain(["next", "y" * 300_000]).tolist()]
+
+
 def test_tokenize_documents_is_the_plain_loop():
     texts = ODD + documents(50)
     assert np.array_equal(encode.tokenize_documents(texts), plain(texts))
