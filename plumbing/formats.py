@@ -55,7 +55,7 @@ def read_rows(name: str, column: str, skip: bool):
     """
     kind = kind_of(name)
     if kind == "parquet":
-        return read_row_groups(name, column) if skip else read_parquet(name, column)
+        return read_row_groups(name, column) if skip or "." in column else read_parquet(name, column)
     if kind == "arrow":
         return read_arrow(name, column)
     if kind == "txt":
@@ -359,28 +359,23 @@ def read_parquet(name: str, column: str):
         cache = pa.CacheOptions(prefetch_limit=1, range_size_limit=128 << 20)
         options["fragment_scan_options"] = pa.dataset.ParquetFragmentScanOptions(cache_options=cache)
     path = glob.escape(name if "://" in name else os.path.abspath(name))
-
-    def batches_of(column: str):
-        table = import_datasets().load_dataset("parquet", data_files=[path], columns=[column], batch_size=ROWS,
-                                               split="train", streaming=True, **options)
-        return table.with_format("arrow").iter(batch_size=ROWS)
-
+    table = import_datasets().load_dataset("parquet", data_files=[path], columns=[column], batch_size=ROWS,
+                                           split="train", streaming=True, **options)
     try:
-        for batch in batches_of(column):
+        for batch in table.with_format("arrow").iter(batch_size=ROWS):
             yield from binary_of(batch.column(0), column, name)
     except pa.ArrowInvalid as error:
         if "No match for FieldRef" not in str(error):
             raise
         columns = str(error).partition(" in ")[2].partition("__fragment_index")[0].split("\n")
-        columns, top = [each for each in columns if each.strip() == each != ""], column.partition(".")[0]
-        if not any(each.startswith(f"{top}: struct<") for each in columns):
-            raise UserError(missing_column(column, columns)) from error
-        for batch in batches_of(top):
-            yield from binary_of(inner(batch.column(0), column), column, name)
+        raise UserError(missing_column(column, [each for each in columns if each and each[0] != " "])) from error
 
 
 def read_row_groups(name: str, column: str):
-    """Yield one column of a parquet file; the rows of a group that is damaged, from the damage on, are bad ones."""
+    """Yield one column of a parquet file, "a.b" being the field b of a column a.
+
+    The rows of a group that is damaged, from the damage on, are bad ones.
+    """
     import fsspec
     import pyarrow as pa
     import pyarrow.parquet

@@ -158,6 +158,13 @@ def read_ahead(tokens: np.ndarray, start: int, stop: int) -> None:
             tokens.base.madvise(mmap.MADV_WILLNEED, first, min(end, len(tokens.base)) - first)
 
 
+def has_shards(folder) -> bool:
+    """Return whether a folder holds anything but what a try of fineweb.py leaves that wrote no shard."""
+    folder = Path(folder)
+    return folder.exists() and (not folder.is_dir() or any(
+        not path.name.startswith((".", "progress")) for path in folder.iterdir()))
+
+
 def check_manifests(folder: Path) -> None:
     """Raise DataError if a shard in a manifest of fineweb.py is missing or has another size."""
     for manifest in sorted(folder.glob("manifest*.json")):

@@ -90,6 +90,11 @@ def set_piece_bytes(size: int, monkeypatch):
         monkeypatch.setattr(module, "PIECE_BYTES", size)
 
 
+def run_fineweb(environment=(), **flags) -> subprocess.CompletedProcess:
+    """Run the command in another process."""
+    return run(command(**flags)[2:], script=SCRIPT, **dict(environment))
+
+
 def command(**flags) -> list[str]:
     """The real command."""
     return [sys.executable, str(SCRIPT), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
