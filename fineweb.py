@@ -7,7 +7,7 @@
 
 A document is the token 50256 (<|endoftext|>) followed by the GPT-2 tokens of its text. Documents follow one another
 through the shards: .npy files of uint16 with `shard_size` tokens each, the last with what is left. Shard 0 is the
-validation split. Rows whose text is null are left out.
+validation split. Rows whose text is null are left out, and with --skip_bad_rows those that cannot be read.
 
 Reading, tokenizing and writing overlap, in threads:
 
@@ -157,7 +157,7 @@ def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifes
     Returns how many rows have been skipped, in earlier runs too.
     """
     names, stop, found = [file.path for file in files], threading.Event(), []
-    start = next_position(manifest)
+    start, sizes = next_position(manifest), list(itertools.accumulate(file.size for file in files))
     texts = read_texts(names, config.text_column, (start.file, start.row), config.skip_bad_rows,
                        (config.retries, config.remedy), stop)
     ids = map_in_order(functools.partial(encode_texts, encode=encode, files=names), prefetch(texts, stop),
@@ -166,14 +166,14 @@ def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifes
 
         def report(tokens: int, documents: int, shards: int, file: int) -> None:
             if file:  # the files so far predict the others better than the usual tokens per byte
-                bar.total = min(config.node_limit, max(tokens, estimate_tokens(files, file, tokens)))
+                bar.total = min(config.node_limit, max(tokens, tokens * sizes[-1] // max(1, sizes[file - 1])))
             bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} documents", refresh=False)
             bar.update(tokens - bar.n)
 
         try:
             return write_shards(join_pieces(ids, manifest, found), config, manifest, report)
         finally:
-            warn_of_marks(sum(found), config.source)
+            warn_of_marks(np.sum(found, axis=0), config.source)
 
 
 def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> int:
@@ -365,6 +365,7 @@ def main(argv: list[str]) -> None:
     if config.verify:
         verify_shards(config)
     elif config.download:
+        config = dataclasses.replace(config, download=parse_dataset(config.download).name)
         with output_folder(config):
             download(config)
     else:

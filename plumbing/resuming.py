@@ -61,8 +61,8 @@ def next_position(manifest: Manifest) -> Position:
     return Position(*manifest.shards[-1]["next"]) if manifest.shards else Position(0, 0, 0)
 
 
-def join_pieces(stream, manifest: Manifest, marks: list[int]):
-    """Yield what encode_texts returns as Tokens; the numbers of <|endoftext|> in the texts are appended to `marks`."""
+def join_pieces(stream, manifest: Manifest, marks: list):
+    """Yield what encode_texts returns as Tokens; the numbers of marks in the texts are appended to `marks`."""
     start, last = next_position(manifest), (manifest.shards or [{"file_tokens": 0}])[-1]
     file, skipped, file_tokens = start.file, last.get("skipped", 0), last.get("file_tokens")
     if file_tokens is not None or start.row == start.offset == 0:

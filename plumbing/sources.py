@@ -193,13 +193,8 @@ def nothing_to_read(source: str, where: str, everything: list[File]) -> str:
     return f"{what} not {READ}: {way_to_convert(counts[most].path)}"
 
 
-def estimate_tokens(files: list[File], finished: int = 0, tokens: int = 0) -> int:
-    """Estimate the number of tokens in the files from their sizes.
-
-    If the first `finished` files are known to hold `tokens` tokens, the others are assumed to hold as many per byte.
-    """
-    if finished:
-        return tokens * sum(file.size for file in files) // max(1, sum(file.size for file in files[:finished]))
+def estimate_tokens(files: list[File]) -> int:
+    """Estimate the number of tokens in the files from their sizes."""
     return int(sum(file.size * TOKENS_PER_BYTE.get(Path(file.name.lower()).suffix[1:], 0.22) for file in files))
 
 

@@ -274,6 +274,15 @@ def test_marks_stay_text_and_are_said_once(tmp_path, capsys):
     assert [json.loads(line)["text"] for line in lines] == texts[0].split("<|endoftext|>")
 
 
+def test_json_lines_in_latin_1_are_warned_of(tmp_path, capsys):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes('{"text": "déjà vu, un été à la mer"}\n'.encode("latin-1"))
+    prepare(source=source, out=tmp_path / "out", **FAST)
+    assert "are U+FFFD, which stands for bytes that are not UTF-8" in capsys.readouterr().err
+    prepare(source=write_jsonl(source, ["\ufffd " + "word " * 2000]), out=tmp_path / "two", **FAST)
+    assert "U+FFFD" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows that cannot be read
 # ---------------------------------------------------------------------------------------------------------------------
