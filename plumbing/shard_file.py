@@ -32,15 +32,15 @@ OTHER_ENCODINGS = {
 SMALL, WINDOW = 2**20, 1024  # tokens: a shard that is sampled as a whole, and a window of a larger one's sample
 PRINTABLE = bytes({*range(32, 127), *b"\t\n\r"})
 # tokens of single bytes that text does not have: C0 and C1 in UTF-8, F5 to FF, and control characters
-NOT_IN_TEXT = (124, 125, *range(177, 197), 199, 200, *range(202, 220))
+NOT_IN_TEXT = np.isin(np.arange(2**16), (124, 125, *range(177, 197), 199, 200, *range(202, 220)))
 
 
 class Shard:
-    """The tokens in a file, from byte `offset` on. If the file changes, a sample must still be what it was."""
+    """The tokens in a file, from byte `offset` on. If the file changes, its sample must still be what it was."""
 
     def __init__(self, path: Path, offset: int, count: int):
         self.path, self.offset, self.count = path, offset, count
-        self.state, self.sample = self.stat(), self.hash_sample()
+        self.state, self.digest = self.stat(), None
 
     def __len__(self) -> int:
         return self.count
@@ -48,30 +48,37 @@ class Shard:
     def __getitem__(self, window: slice) -> np.ndarray:
         """Read tokens. Raises DataError if they cannot be read or the file is not what it was when it was opened."""
         start, stop, _ = window.indices(self.count)
-        tokens = self.read(start, max(start, stop))
+        tokens, = self.read([(start, max(start, stop))])
         state = self.stat()
         if state != self.state:  # a new date alone is no reason to stop
-            if self.hash_sample() != self.sample:
+            if state is None or digest(state[0], read_sample(self)) != self.digest:
                 raise self.changed()
             self.state = state
         return tokens
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Read tokens [start, stop), whether or not the file has changed."""
-        tokens = np.empty(stop - start, dtype=np.uint16)
-        left = memoryview(tokens.view(np.uint8))
+    def remember(self, sample: list[np.ndarray]) -> None:
+        """Keep the hash of the sample, by which the tokens are known again if the date of the file changes."""
+        self.digest = digest(self.state[0], sample) if self.state else None
+
+    def read(self, windows: list[tuple[int, int]]) -> list[np.ndarray]:
+        """Read tokens [start, stop) for each of the windows, whether or not the file has changed."""
+        found = [np.empty(stop - start, dtype=np.uint16) for start, stop in windows]
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + 2 * start)
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
+                for (start, _), tokens in zip(windows, found):
+                    left = memoryview(tokens.view(np.uint8))
+                    file.seek(self.offset + 2 * start)
+                    while left and (count := file.readinto(left)):
+                        left = left[count:]
+                    if left:
+                        raise self.changed()
         except FileNotFoundError as error:
             raise self.changed() from error
+        except DataError:
+            raise
         except OSError as error:
             raise unreadable(self.path, error) from error
-        if left:
-            raise self.changed()
-        return tokens
+        return found
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read tokens [start, stop) from the disk, and return at once."""
@@ -89,18 +96,27 @@ class Shard:
             status = os.stat(self.path)
             return status.st_size, status.st_mtime_ns, status.st_ino
 
-    def hash_sample(self) -> bytes:
-        """Return a hash of the size of the file and of a sample of the tokens, as they are now."""
-        hashed = hashlib.sha256(str((self.stat() or [0])[0]).encode())
-        for start, stop in (*sample_windows(self.count), *more_windows(self.count)):
-            hashed.update(self.read(start, stop).data)
-        return hashed.digest()
-
     def changed(self) -> DataError:
         """Return the error for a file that is not what it was."""
         what = "was changed" if self.path.exists() else "is gone or was moved"
         return DataError(f"shard {self.path} {what} while it was in use: restore it, and the same command continues "
                          "from the last checkpoint")
+
+
+def read_sample(tokens: np.ndarray | Shard) -> list[np.ndarray]:
+    """Read windows spread over a shard, and as the last ones its begin, middle and end; or a small one whole."""
+    windows = [*more_windows(len(tokens)), *sample_windows(len(tokens))]
+    if isinstance(tokens, Shard):
+        return tokens.read(windows)
+    return [tokens[start:stop] for start, stop in windows]
+
+
+def digest(size: int, sample: list[np.ndarray]) -> bytes:
+    """Return a hash of the size of a file and of a sample of its tokens."""
+    hashed = hashlib.sha256(str(size).encode())
+    for tokens in sample:
+        hashed.update(tokens.data)
+    return hashed.digest()
 
 
 def sample_windows(count: int) -> list[tuple[int, int]]:
@@ -250,11 +266,12 @@ def encoding_problem(tokens: np.ndarray, name: str) -> str:
                 "characters: name its text file instead, as --data input.txt; or delete meta.pkl if they are GPT-2's")
     if len(tokens) < 256:
         return ""
-    distinct = len(np.unique(tokens))
+    counts = np.bincount(tokens)
+    distinct, common = np.count_nonzero(counts), set(np.flatnonzero(counts > len(tokens) / 50).tolist())
     for owner, ids in OTHER_ENCODINGS.items():
-        if distinct > 300 and all((tokens == each).mean() > 0.02 for each in ids):
+        if distinct > 300 and common.issuperset(ids):
             return f"they seem to be {owner}: {again}"
-    if np.isin(tokens, NOT_IN_TEXT).mean() > 0.01:
+    if NOT_IN_TEXT[tokens].mean() > 0.01:
         return f"more than 1 % are bytes that no text has, so they seem to be another encoding's: {again}"
     if len(tokens) >= 10_000 and largest < 512 and (tokens < 128).mean() > 0.5:
         return f"the largest of {len(tokens):,} is {largest}, so they seem to be characters or bytes: {again}"
