@@ -218,7 +218,9 @@ def check_gpt2(windows: list[np.ndarray], name: str) -> None:
 
     Refused is only what text in GPT-2's encoding never looks like, or hardly ever.
     """
-    if wrong := width_problem(windows[0]) or zeros_problem(windows) or encoding_problem(np.concatenate(windows), name):
+    tokens = np.concatenate(windows)
+    wrong = width_problem(windows[0]) or zeros_problem(tokens, windows[-1]) or encoding_problem(tokens, name)
+    if wrong:
         raise DataError(f"shard {name} does not hold GPT-2 tokens in uint16: {wrong}")
 
 
@@ -242,18 +244,21 @@ def width_problem(tokens: np.ndarray) -> str:
     return ""
 
 
-def zeros_problem(windows: list[np.ndarray]) -> str:
-    """Say what is wrong if parts of a shard were never filled; else "". "!" is 0, but GPT-2 has other ids for "!!"."""
-    tokens, nonzero = np.concatenate(windows), np.flatnonzero(windows[-1])
+def zeros_problem(tokens: np.ndarray, last: np.ndarray) -> str:
+    """Say what is wrong if parts of a shard were never filled; else "". "!" is 0, but GPT-2 has other ids for "!!".
+
+    `tokens` are the whole sample, and `last` its last window, at the end of the shard.
+    """
     if len(tokens) < 64:
         return ""
     if tokens.min() == tokens.max() < VOCAB_SIZE:
         return f"all sampled tokens are {tokens[0]}: prepare it again"
-    tail = len(windows[-1]) - (nonzero[-1] + 1 if nonzero.size else 0)
+    nonzero = np.flatnonzero(last)
+    tail = len(last) - (nonzero[-1] + 1 if nonzero.size else 0)
     if tail >= 16:
         more = "" if nonzero.size else " or more"
         return f"it ends in {tail:,}{more} zeros, as if it had not been filled: cut them off, or prepare it again"
-    share = sum(((window[1:] == 0) & (window[:-1] == 0)).sum() for window in windows) / len(tokens)
+    share = ((tokens[1:] == 0) & (tokens[:-1] == 0)).mean()
     return f"{share:.0%} of the sample are zeros beside zeros: prepare it again" if share > 0.05 else ""
 
 
