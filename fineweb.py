@@ -7,7 +7,7 @@
 
 A document is the token 50256 (<|endoftext|>) followed by the GPT-2 tokens of its text. Documents follow one another
 through the shards: .npy files of uint16 with `shard_size` tokens each, the last with what is left. Shard 0 is the
-validation split. Rows whose text is null are left out.
+validation split. Rows whose text is null are left out, and with --skip_bad_rows those that cannot be read.
 
 Reading, tokenizing and writing overlap, in threads:
 
@@ -34,18 +34,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 
 from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, print0, run_command
-from plumbing.encode import encode_texts, join_documents, make_encoder
+from plumbing.encode import encode_texts, make_encoder, warn_of_marks
 from plumbing.files import DataError, lock, sha256
 from plumbing.hub_files import list_bin_files, parse_dataset
 from plumbing.manifest import Manifest, ShardWriter, verify
 from plumbing.network import patiently, progress_bar
+from plumbing.resuming import Position, check_source, join_pieces, list_source, next_position
 from plumbing.shards import FINEWEB_EDU, open_shard
-from plumbing.texts import PIECE_BYTES, estimate_tokens, find_files, read_texts
+from plumbing.sources import File, estimate_tokens
+from plumbing.texts import read_texts
 from plumbing.threads import count_cores, map_in_order, prefetch
 from plumbing.tokenizer import SHA256
 
@@ -62,8 +64,9 @@ class FineWebConfig:
     """The settings of one run. Every field is a flag, and its comment is the flag's help."""
 
     # Where the texts come from
-    source: str = FINEWEB_EDU  # hub dataset OWNER/NAME[@REVISION][/FOLDER], or a local file, folder or quoted pattern
-    text_column: str = "text"  # column, or key of each JSON line, that holds the text
+    source: str = FINEWEB_EDU  # hub dataset OWNER/NAME[@REVISION][/PATH], or a local file, folder or quoted pattern
+    text_column: str = "text"  # column, or key of each JSON object, that holds the text; a.b for b in a
+    skip_bad_rows: bool = False  # leave out rows that cannot be read, and count them
     retries: int = 8  # retries in a row after a network error, with waits of 1, 2, 4 ... 60 seconds
 
     # Where the tokens go
@@ -98,7 +101,8 @@ class FineWebConfig:
     def command(self) -> str:
         """Return the command line that gives these settings."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        words = ([f"--{field.name}", str(value)] for field, value in values if value != field.default)
+        words = ([f"--{field.name}"] + [str(value)] * (value is not True) for field, value in values
+                 if value != field.default)
         return shlex.join(["python", "fineweb.py", *itertools.chain.from_iterable(words)])
 
     @property
@@ -119,91 +123,61 @@ class FineWebConfig:
 # 2. Texts -> ids -> shards
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Position(NamedTuple):
-    """A place in the stream of tokens: token `offset` of the document in row `row` of file number `file`."""
-
-    file: int
-    row: int
-    offset: int
-
-
-class Tokens(NamedTuple):
-    """The tokens of consecutive rows of one file."""
-
-    file: int
-    end: int  # the row after the last one
-    rows: np.ndarray  # (documents,) row number of each document
-    starts: np.ndarray  # (documents,) offset of each document's EOT in `tokens`
-    tokens: np.ndarray  # (tokens,) uint16
-
-    def position(self, i: int) -> Position:
-        """Return the place of token i in the source, or of whatever follows if i = len(tokens)."""
-        if i == len(self.tokens):
-            return Position(self.file, self.end, 0)
-        document = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return Position(self.file, int(self.rows[document]), i - int(self.starts[document]))
-
-
 def prepare(config: FineWebConfig, encode) -> None:
     """Write the shards that `config` describes, or those that are missing, and print a summary."""
-    manifest = open_manifest(config, ("source", "text_column", "shard_size", "max_tokens", "tokenizer"))
-    if manifest.complete:
+    manifest = open_manifest(config, ("text_column", "shard_size", "max_tokens", "tokenizer"))
+    files, commit = list_source(config, manifest)
+    mine = files[config.node_rank::config.num_nodes]
+    if not check_source(config, encode, mine, manifest):
         print_finished(config, manifest)
         return
-    files, commit = list_source(config, manifest.values)
-    mine = files[config.node_rank::config.num_nodes]
     before, started = manifest.total("tokens"), time.perf_counter()
     expected = min(config.node_limit, max(before, estimate_tokens(mine)))
     check_disk(config, 2 * (expected - before), f"{len(mine)} {plural(len(mine), 'file')} of {config.source}")
-    manifest.begin(manifest.values | {"revision": commit, "files": files, "tokenizer_sha256": SHA256,
+    manifest.begin(manifest.values | {"source": config.source, "revision": commit, "tokenizer_sha256": SHA256,
+                                      "files": [file.record for file in files],
                                       "tokenizer_version": version(config.tokenizer)})
-    tokenize(config, encode, mine, manifest, expected)
-    if not manifest.shards:
-        raise UserError(f"there is no text in {config.source}")
-    manifest.finish()
+    try:
+        skipped = tokenize(config, encode, mine, manifest, expected)
+        if not manifest.shards:
+            raise UserError(f"there is no text in {config.source}")
+    except BaseException:
+        manifest.drop_if_empty()
+        raise
+    manifest.finish(skipped_rows=skipped)
     print_finished(config, manifest, before, time.perf_counter() - started)
     if len(manifest.shards) == config.num_nodes == 1:
         print("warning: the only shard is the validation split: to train on this too, choose another --out and "
               f"--shard_size {max(1, manifest.total('tokens') // 10)}", file=sys.stderr, flush=True)
 
 
-def list_source(config: FineWebConfig, known: dict) -> tuple[list[list], str | None]:
-    """Return ([[file, bytes], ...], commit) for --source, in reading order. `known` is what the manifest records.
+def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifest, expected: float) -> int:
+    """Read, tokenize and write the files, from where the manifest ends, with a progress bar of `expected` tokens.
 
-    The files of a dataset on the hub are listed only once, so that a later run reads the same commit. Raises UserError
-    if local files have changed, or if there are fewer files than nodes.
+    Returns how many rows have been skipped, in earlier runs too.
     """
-    if known.get("revision"):
-        files, commit = known["files"], known["revision"]
-    else:
-        files, commit = find_files(config.source, config.retries, config.remedy)
-    if known.get("files", files) != files:
-        raise UserError(f"the files of {config.source} have changed since {config.out} was begun: choose another --out")
-    if len(files) < config.num_nodes:
-        raise UserError(f"--num_nodes is {config.num_nodes}, it must be at most the number of files, {len(files)}")
-    return files, commit
-
-
-def tokenize(config: FineWebConfig, encode, files: list[list], manifest: Manifest, expected: float) -> None:
-    """Read, tokenize and write the files, from where the manifest ends, with a progress bar of `expected` tokens."""
-    names, stop = [name for name, _ in files], threading.Event()
-    start = next_position(manifest)
-    texts = read_texts(names, config.text_column, (start.file, start.row), config.retries, config.remedy, stop)
+    names, stop, found = [file.path for file in files], threading.Event(), []
+    start, sizes = next_position(manifest), list(itertools.accumulate(file.size for file in files))
+    texts = read_texts(names, config.text_column, (start.file, start.row), config.skip_bad_rows,
+                       (config.retries, config.remedy), stop)
     ids = map_in_order(functools.partial(encode_texts, encode=encode, files=names), prefetch(texts, stop),
                        config.num_proc or min(count_cores(), MAX_THREADS))
     with contextlib.closing(ids), progress_bar(expected, manifest.total("tokens"), "tok") as bar:
 
         def report(tokens: int, documents: int, shards: int, file: int) -> None:
             if file:  # the files so far predict the others better than the usual tokens per byte
-                bar.total = min(config.node_limit, max(tokens, estimate_tokens(files, file, tokens)))
+                bar.total = min(config.node_limit, max(tokens, tokens * sizes[-1] // max(1, sizes[file - 1])))
             bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} documents", refresh=False)
             bar.update(tokens - bar.n)
 
-        write_shards(ids, config, manifest, report)
+        try:
+            return write_shards(join_pieces(ids, manifest, found), config, manifest, report)
+        finally:
+            warn_of_marks(np.sum(found, axis=0), config.source)
 
 
-def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> None:
-    """Write what encode_texts yields as shards, up to the node's limit, and add each to the manifest.
+def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> int:
+    """Write Tokens as shards, up to the node's limit, and add each to the manifest. Returns the number of skipped rows.
 
     "next" in a shard's record is the Position at which the following shard begins. Calls report(tokens, documents,
     shards, file) with the numbers so far, which include earlier runs.
@@ -211,19 +185,19 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> N
     written, documents, number = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
     limit, start = config.node_limit, next_position(manifest)
     i = start.offset  # tokens of the first document that an earlier run has written
-    buffer = np.empty(PIECE_BYTES, np.uint16)
-    shard, finishing = None, Future()
+    shard, finishing, skipped = None, Future(), 0
     finishing.set_result(None)
 
-    def finish(shard: ShardWriter, following: Position) -> None:
-        manifest.add(shard.finish() | {"next": following})
+    def finish(shard: ShardWriter, record: dict) -> None:
+        manifest.add(shard.finish() | record)
 
     with ThreadPoolExecutor(1) as disk:  # finishes one shard while the next one is filled
         try:
-            for texts, ids, lengths in stream:
-                piece = Tokens(texts.file, texts.end, texts.rows, *join_documents(ids, lengths, buffer))
-                if i and (texts.rows[:1].tolist() != [start.row] or i > lengths[0]):
+            for piece in stream:
+                first = (*piece.starts[1:2].tolist(), len(piece.tokens))[0]  # tokens of the first document
+                if i and (piece.rows[:1].tolist() != [start.row] or i > first - 1):
                     raise UserError(f"{config.source} is not what {config.out} was begun with: choose another --out")
+                skipped = piece.skipped + len(piece.bad)
                 while i < len(piece.tokens) and written < limit:
                     if shard is None:
                         shard = ShardWriter(Path(config.out) / shard_name(config, number), config.shard_size)
@@ -234,17 +208,20 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> N
                     i, written, documents = end, written + end - i, documents + begun
                     if shard.tokens == config.shard_size or written == limit:
                         finishing.result()  # waits for the shard before
-                        finishing, shard = disk.submit(finish, shard, piece.position(i)), None
+                        finishing, shard = disk.submit(finish, shard, piece.record(i)), None
                 report(written, documents, number, piece.file)
                 if written == limit:
                     break
                 i = 0
             finishing.result()
+            if written == limit:
+                return manifest.shards[-1].get("skipped", 0)
             if shard is not None:
-                finish(shard, Position(piece.file + 1, 0, 0))
+                finish(shard, {"next": Position(piece.file + 1, 0, 0), "skipped": skipped, "file_tokens": 0})
         finally:
             if shard is not None:
                 shard.abandon()
+    return skipped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,11 +234,6 @@ def shard_name(config: FineWebConfig, k: int) -> str:
         raise UserError(f"a node has numbers for {NODE_SHARDS:,} shards: choose a larger --shard_size, another --out")
     split = "val" if config.node_rank == k == 0 else "train"
     return f"edufineweb_{split}_{config.node_rank * NODE_SHARDS + k:06d}.npy"
-
-
-def next_position(manifest: Manifest) -> Position:
-    """Return the place in the source at which the next shard begins."""
-    return Position(*manifest.shards[-1]["next"]) if manifest.shards else Position(0, 0, 0)
 
 
 def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
@@ -393,6 +365,7 @@ def main(argv: list[str]) -> None:
     if config.verify:
         verify_shards(config)
     elif config.download:
+        config = dataclasses.replace(config, download=parse_dataset(config.download).name)
         with output_folder(config):
             download(config)
     else:

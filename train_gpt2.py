@@ -571,7 +571,7 @@ def parse_args(argv: list[str]) -> TrainConfig:
         f"{TrainConfig.data}/ it trains a small model on input.txt, in less than three minutes.",
         extra={"preset": (tuple(PRESETS), "defaults that flags override (default: gpt2, or demo for text)")})
     preset = flags.pop("preset", None)
-    no_shards = preset is None and not Path(TrainConfig.data).exists()
+    no_shards = preset is None and not shards.has_shards(TrainConfig.data)
     if "data" not in flags and (preset == "demo" or no_shards):
         built_in = Path(__file__).with_name("input.txt")
         flags["data"] = "input.txt" if Path("input.txt").exists() else str(built_in)

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.cli import UserError
-from plumbing.texts import Texts, as_strings, as_utf8
-from plumbing.tokenizer import EOT, gpt2_encoding
+from plumbing.cli import UserError, plural
+from plumbing.formats import as_utf8
+from plumbing.texts import Texts, as_strings
+from plumbing.tokenizer import EOT, encode_in_pieces, gpt2_encoding
 from plumbing.tokenizer import encode as encode_with_tiktoken
 
-CHECK_EVERY = 1000  # rows; the first row of each thousand is compared with tiktoken
+CHECK_EVERY = 1000  # rows; one row of each thousand is compared with tiktoken
+END_OF_TEXT = 437, 1659, 5239  # "end", "of", "text", as they are encoded in <|endoftext|>
+REPLACED = 4210  # the token of U+FFFD, which is what becomes of bytes that are not UTF-8
 MEMORY_LIMIT = 2 << 30  # bytes used by this process; above them, gigatoken's cache of words is dropped
 CACHE_BYTES = 64 << 20  # bytes of text that a thread encodes, at least, before its cache is dropped
 TRICKY = ("", " ", "\0", "a", "Hello world", "don't WE'LL I'm it's", "<|endoftext|> is text", " two\n\n\n  three \t",
@@ -94,18 +97,44 @@ def make_encoder(tokenizer: str):
     return encode, "gigatoken"
 
 
-def encode_texts(piece: Texts, encode, files: list[str]) -> tuple[Texts, np.ndarray, np.ndarray]:
-    """Return (piece, ids of its texts, number of ids per text).
+def encode_texts(piece: Texts, encode, files: list[str]) -> tuple[Texts, np.ndarray, np.ndarray, tuple]:
+    """Return (piece, ids of its texts, number of ids per text, what count_marks() says of them).
 
     Raises UserError, with the row, if the ids of a checked row are not tiktoken's.
     """
     ids, lengths = encode(piece.texts)
     ends = np.cumsum(lengths)
-    for i in np.flatnonzero(piece.rows % CHECK_EVERY == 0).tolist():
-        if ids[ends[i] - lengths[i]:ends[i]].tolist() != encode_with_tiktoken(piece.texts[i].as_py()):
+    for i in np.flatnonzero((piece.rows + piece.file) % CHECK_EVERY == 0).tolist():
+        found = np.concatenate([np.empty(0, np.uint16), *encode_in_pieces([piece.texts[i].as_py()])])
+        if not np.array_equal(ids[ends[i] - lengths[i]:ends[i]], found):
             raise UserError(f"gigatoken and tiktoken differ on row {piece.rows[i]} (from 0) of {files[piece.file]}: "
                             "start again with --tokenizer tiktoken and another --out")
-    return piece, ids, lengths
+    return piece, ids, lengths, count_marks(piece.texts, ids)
+
+
+def count_marks(texts, ids: np.ndarray) -> tuple[int, int, int]:
+    """Return how many <|endoftext|>, U+FFFD and tokens there are in Arrow strings, `ids` being their tokens."""
+    import pyarrow.compute
+
+    marks = 0
+    if np.any((ids[:-2] == END_OF_TEXT[0]) & (ids[1:-1] == END_OF_TEXT[1]) & (ids[2:] == END_OF_TEXT[2])):
+        # only now, as to look for three numbers takes a fraction of the time
+        marks = pyarrow.compute.sum(pyarrow.compute.count_substring(texts, "<|endoftext|>")).as_py() or 0
+    return marks, int(np.count_nonzero(ids == REPLACED)), len(ids)
+
+
+def warn_of_marks(counts, source: str) -> None:
+    """Say what the texts of a source hold that may be meant otherwise; `counts` are sums of count_marks()."""
+    marks, replaced, tokens = counts if np.ndim(counts) else (0, 0, 0)
+    if marks:
+        print(f"warning: the texts of {source} hold <|endoftext|> {marks:,} {plural(marks, 'time')}, which was "
+              "encoded as text like any other. If it separates documents, write each to a line of its own first, and "
+              "name another --out: python -c \"import json, sys; [print(json.dumps({'text': each})) for each in "
+              "sys.stdin.read().split('<|endoftext|>')]\" < FILE.txt > texts.jsonl", file=sys.stderr, flush=True)
+    if replaced * 1000 > tokens:
+        print(f"warning: {replaced:,} of {tokens:,} tokens are U+FFFD, which stands for bytes that are not UTF-8: if "
+              f"{source} is in another encoding, convert it first, such as with iconv -f WINDOWS-1252 -t UTF-8 FILE > "
+              "utf8_FILE, and name another --out", file=sys.stderr, flush=True)
 
 
 def join_documents(ids: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ import re
 import shlex
 from pathlib import Path
 
+from plumbing.conversions import way_to_convert
 from plumbing.files import DataError
+from plumbing.formats import kind_of
 
 MAGIC = {  # first bytes, and the suffix of the files that begin with them
     b"%PDF-": ".pdf", b"PK\x03\x04": ".zip", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz",
@@ -17,10 +19,7 @@ MAGIC = {  # first bytes, and the suffix of the files that begin with them
     b"\x89HDF": ".h5", b"\xd0\xcf\x11\xe0": ".doc", b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"\x7fELF": ".so",
     b"\x80\x02": ".pkl", b"\x80\x03": ".pkl", b"\x80\x04": ".pkl", b"\x80\x05": ".pkl", b"\x20\x05\x35\x01": ".bin",
 }
-PACKED = {  # and the commands that unpack them
-    ".gz": "gunzip -k", ".tgz": "tar -xzf", ".tar": "tar -xf", ".zip": "unzip", ".zst": "unzstd", ".xz": "unxz -k",
-    ".bz2": "bunzip2 -k", ".7z": "7z x", ".rar": "unrar x",
-}
+PACKED = (".gz", ".tgz", ".tar", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar", ".lz4")
 LONG = 2**20  # bytes of a head that is not the whole file
 TABLES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".feather")
 DOCUMENTS = (".html", ".htm", ".xml", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ipynb",
@@ -106,14 +105,15 @@ def remedy(path: Path, suffix: str) -> str:
         return f"weights go to --init_from {quoted}"
     if suffix in PICKLES:
         return "pickles are never read, as they can run code: save its tokens with np.save as .npy, or its text as .txt"
-    renamed = path if path.suffix == suffix else path.with_name(path.name + suffix)
-    if reads(renamed.name):
-        rename = "" if renamed == path else f"mv {quoted} {shlex.quote(str(renamed))}, then "
-        column = "" if ".txt" in renamed.suffixes else " (with --text_column NAME if they are not in the column 'text')"
-        return f"make shards of its texts: {rename}{shard_command(renamed)}{column}"
-    if suffix in PACKED:
-        return f"unpack it: {'tar -xf' if '.tar' in path.suffixes else PACKED[suffix]} {quoted}"
-    return "save the text in it as UTF-8 in a .txt file, or for fineweb.py as .jsonl or .parquet with a column 'text'"
+    renamed, rename = path, ""
+    if path.suffix.lower() != suffix:
+        renamed = path.with_name(path.name + suffix)
+        rename = f"mv {quoted} {shlex.quote(str(renamed))}, then "
+    if kind_of(renamed.name) not in (None, "txt"):
+        return (f"make shards of its texts: {rename}{shard_command(renamed)} "
+                "(with --text_column NAME if they are not in the column 'text')")
+    command = way_to_convert(str(renamed)).removeprefix("first ")
+    return f"unpack it: {rename}{command}" if suffix in PACKED else f"take its text: {rename}{command}, and name that"
 
 
 def shard_command(source: Path) -> str:
@@ -121,10 +121,3 @@ def shard_command(source: Path) -> str:
     name = source.name.split(".")[0] or "texts"
     out = shlex.quote(f"{name}_shards")
     return f"python fineweb.py --source {shlex.quote(str(source))} --out {out}, then --data {out}"
-
-
-def reads(name: str) -> bool:
-    """Return whether fineweb.py reads files of this name."""
-    from plumbing.texts import is_data
-
-    return is_data(name)

@@ -1,20 +1,53 @@
 """Datasets on the Hugging Face hub: their names, the files in them, and their commits."""
 import re
 from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+SITES = "huggingface.co", "www.huggingface.co", "hf.co"
+PAGES = "tree", "blob", "resolve", "raw"  # of a dataset, each followed by a revision and a path
+REPOSITORY = r"(?P<repository>\w[\w.-]*/\w[\w.-]*)"
+REVISION = r"(?P<revision>refs/convert/[\w.-]+|refs/pr/\d+|[^/@]+)"  # those with slashes that the hub has
 
 
 class Dataset(NamedTuple):
-    """A dataset on the hub, or a folder of one. Without a revision it is the newest commit."""
+    """A dataset on the hub, or a folder or file of one. Without a revision it is the newest commit."""
 
     repository: str
     revision: str | None = None
     folder: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Return it as --source takes it."""
+        revision = self.revision or ""
+        revision = revision if re.match("refs/(convert|pr)/", revision) else quote(revision, safe="")
+        return self.repository + (f"@{revision}" if revision else "") + (f"/{self.folder}" if self.folder else "")
+
 
 def parse_dataset(name: str) -> Dataset | None:
-    """Parse OWNER/NAME[@REVISION][/FOLDER]. Returns None if the name has another form."""
-    match = re.fullmatch(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<folder>.*))?", name)
-    return Dataset(**match.groupdict()) if match else None
+    """Parse OWNER/NAME[@REVISION][/PATH], with hf://datasets/ or datasets/ before it, or the address of a web page.
+
+    The revision may hold slashes, as refs/convert/parquet and refs/pr/1 do, or %2F for others. Returns None if the name
+    has another form.
+    """
+    address = urlsplit(re.sub(rf"^(?={'|'.join(map(re.escape, SITES))}/)", "https://", name))
+    is_page = address.scheme in ("http", "https")
+    if is_page:
+        if address.netloc not in SITES or not address.path.startswith("/datasets/"):
+            return None
+        form = rf"{REPOSITORY}(/({'|'.join(PAGES)})/{REVISION}(/(?P<folder>.*))?|/viewer|/discussions)?"
+        name = re.sub(r"^/datasets/|/$", "", address.path)
+        name = re.sub(r"(?i)/refs%2F(convert|pr)%2F", r"/refs/\1/", name)
+    else:
+        name = re.sub(r"^hf://(?=datasets/)|^(?=datasets/)", "", name).removeprefix("datasets/")
+        form = rf"{REPOSITORY}(@{REVISION})?(/(?P<folder>.*))?"
+        name = re.sub(r"(?i)@refs%2F(convert|pr)%2F", r"@refs/\1/", name)
+    match = re.fullmatch(form, name)
+    if not match:
+        return None
+    repository, revision, folder = (match[key] or "" for key in Dataset._fields)
+    folder = (unquote(folder) if is_page else folder).strip("/")
+    return Dataset(repository, unquote(revision) or None, folder or None)
 
 
 def list_hub_files(dataset: Dataset) -> tuple[list[list], str]:

@@ -76,10 +76,11 @@ class Manifest:
         self.folder = Path(folder)
         self.progress, self.finished = (self.folder / f"{name}{node}.json" for name in ("progress", "manifest"))
         path = self.progress if self.progress.exists() else self.finished
-        self.values = read_record(path) if path.exists() else {}
-        recorded = self.values.pop("shards", [])
+        values = read_record(path) if path.exists() else {}
+        recorded = values.get("shards", [])
         self.shards = list(itertools.takewhile(self.is_whole, recorded))
         self.missing = [shard["name"] for shard in recorded[len(self.shards):]]
+        self.values = {key: values[key] for key in values if key != "shards"} if self.is_begun(values) else {}
         self.complete = bool(self.values) and path == self.finished and not self.missing
 
     def is_whole(self, shard: dict) -> bool:
@@ -87,15 +88,25 @@ class Manifest:
         path = self.folder / shard["name"]
         return path.is_file() and path.stat().st_size == shard["bytes"]
 
+    def is_begun(self, record: dict) -> bool:
+        """Return whether a folder has any whole shard of a record: otherwise it was a failed try, and binds nobody."""
+        return any(map(self.is_whole, record.get("shards", []))) or (
+            bool(record.get("download")) and any(self.folder.glob("*.bin")))
+
+    def others(self) -> list[dict]:
+        """Return the records of other nodes that have written shards to the folder."""
+        paths = {*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")}
+        records = []
+        for path in sorted(paths - {self.progress, self.finished}):
+            with contextlib.suppress(FileNotFoundError):  # it has just finished, and renamed it
+                records.append(read_record(path))
+        return [record for record in records if self.is_begun(record)]
+
     def require(self, settings: dict) -> None:
         """Raise DataError if the folder was made with other settings, by this node or by another one."""
-        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
-            try:
-                record = read_record(path)
-            except FileNotFoundError:
-                continue  # another node has just finished and renamed it
+        for record in (*([self.values] if self.values else []), *self.others()):
             for name, value in settings.items():
-                if record.get(name) != value and (name != "node_rank" or path in (self.progress, self.finished)):
+                if record.get(name) != value and (name != "node_rank" or record is self.values):
                     raise DataError(f"{self.folder} was made with another {name}, {record.get(name)!r} not {value!r}: "
                                     "choose another --out, or use the earlier settings")
 
@@ -110,11 +121,16 @@ class Manifest:
         self.shards.append(shard)
         self._write()
 
-    def finish(self) -> None:
-        """Mark the folder as finished."""
-        self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens")}
+    def finish(self, **more) -> None:
+        """Mark the folder as finished, and record the totals and what is given."""
+        self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens"), **more}
         self._write()
         replace(self.progress, self.finished)
+
+    def drop_if_empty(self) -> None:
+        """Delete progress.json if there is no shard, after an error."""
+        if not self.is_begun(self.values | {"shards": self.shards}):
+            self.progress.unlink(missing_ok=True)
 
     def total(self, key: str) -> int:
         """Sum one number over the shards."""
@@ -156,7 +172,8 @@ def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
     records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
     shards = {shard["name"]: shard for record in records for shard in record["shards"]}
     nodes = {record["node_rank"] for record in records}
-    for name in sorted(set().union(*records) - {"node_rank", "shards", "documents", "tokens"}):
+    own = {"node_rank", "source", "shards", "documents", "tokens", "skipped_rows"}  # what nodes may differ in
+    for name in sorted(set().union(*records) - own):
         if any(record.get(name) != records[0].get(name) for record in records):
             raise DataError(f"{folder}: the nodes differ in {name}: give each the same settings and source")
     wrong = [f"node {node} has not finished" for node in range(records[0]["num_nodes"]) if node not in nodes]

@@ -30,14 +30,34 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     Raises UserError, with the remedy, after more failures than `retries`, and at once if another attempt cannot
     succeed: for a status code 4xx other than 408 and 429, and if the hub is in offline mode.
     """
-    status = getattr(getattr(error, "response", None), "status_code", 500)
+    status = max((getattr(getattr(each, "response", None), "status_code", 0) for each in chain(error)), default=0)
     hopeless = type(error).__name__ == "OfflineModeIsEnabled" or (400 <= status < 500 and status not in (408, 429))
     if failures > retries or hopeless:
-        raise UserError(f"cannot {what}: {explain(error)}; {remedy}") from error
+        raise UserError(f"cannot {what}: {explain(error)}; {advise(error)}{remedy}") from error
     seconds = min(60, 2 ** (failures - 1))
     print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
           file=sys.stderr, flush=True)
     (sleep or time.sleep)(seconds)
+
+
+def chain(error: Exception) -> list[Exception]:
+    """Return an error and those that caused it."""
+    errors = [error]
+    while cause := errors[-1].__cause__ or (None if errors[-1].__suppress_context__ else errors[-1].__context__):
+        errors.append(cause)
+    return errors
+
+
+def advise(error: Exception) -> str:
+    """Return what the user can do about an error of the hub's client that another attempt does not mend."""
+    names = {type(each).__name__ for each in chain(error)}
+    if "GatedRepoError" in names:
+        return "accept its conditions on its page at huggingface.co, run hf auth login, then "
+    if "RepositoryNotFoundError" in names:
+        return "is the name right? if it is private, run hf auth login; "
+    if "RevisionNotFoundError" in names:
+        return "it has no such revision: name another after the @; "
+    return ""
 
 
 def download(url: str, path: Path, size: int, sha256: str) -> None:

@@ -6,7 +6,7 @@
     check_gpt2(windows, name)                 refuses what cannot be tokens of GPT-2's encoding
 
 The file is mapped but not held open: a thousand shards need no descriptors. Its size and date are looked at before each
-window is read, because to read a mapping of a file that has been cut would end the process with SIGBUS.
+window is read, because to read a mapping of a file that has been cut ends the process with SIGBUS.
 """
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.file_kinds import kind_by_bytes
-from plumbing.files import DataError, check_inside
+from plumbing.files import DataError, check_inside, first_line
 from plumbing.tokenizer import VOCAB_SIZE
 
 HEADERS = {  # what llm.c's other files begin with
@@ -32,56 +32,68 @@ OTHER_ENCODINGS = {
 SMALL, WINDOW = 2**20, 1024  # tokens: a shard that is sampled as a whole, and a window of a larger one's sample
 PRINTABLE = bytes({*range(32, 127), *b"\t\n\r"})
 # tokens of single bytes that text does not have: C0 and C1 in UTF-8, F5 to FF, and control characters
-NOT_IN_TEXT = (124, 125, *range(177, 197), 199, 200, *range(202, 220))
+NOT_IN_TEXT = np.isin(np.arange(2**16), (124, 125, *range(177, 197), 199, 200, *range(202, 220)))
 
 
 class Shard:
-    """The tokens in a file, from byte `offset` on. If the file changes, a sample must still be what it was."""
+    """The tokens in a file, from byte `offset` on. If the file changes, its sample must still be what it was."""
 
     def __init__(self, path: Path, offset: int, count: int):
         self.path, self.offset, self.count = path, offset, count
-        self.open()
-        self.sample = self.hash_sample()
+        self.state, self.digest, self.tokens = self.stat(), None, None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """Copy tokens. Raises DataError if the file is not what it was when it was opened."""
-        if self.stat() != self.state:
-            size = self.state[0]
-            try:
-                self.open()
-            except FileNotFoundError as error:
-                raise self.changed() from error
-            # a new date alone is no reason to stop
-            if self.state[0] != size or self.hash_sample() != self.sample:
+        """Copy tokens. Raises DataError if they cannot be read or the file is not what it was when it was opened."""
+        state = self.stat()
+        if state != self.state:  # a new date alone is no reason to stop
+            if state is None or digest(state[0], read_sample(self)) != self.digest:
                 raise self.changed()
+            self.state, self.tokens = state, None
+        if self.tokens is None:
+            self.tokens = self.map()
         return self.tokens[window].copy()
 
-    def open(self) -> None:
-        """Map the file. Raises OSError if that fails; PyTorch closes the file, while numpy would keep it open."""
+    def map(self) -> np.ndarray:
+        """Map the tokens by PyTorch, which closes the file; numpy would keep it open."""
         import torch  # takes seconds to load, which fineweb.py does without
 
-        with open(self.path, "rb"):  # raises an OSError that says why, where PyTorch has only RuntimeError
-            self.state = self.stat()
-        end = self.offset // 2 + self.count
-        if self.state is None or self.state[0] < 2 * end:
-            raise self.changed()
-        if end == 0:  # nothing can be mapped
-            self.tokens = np.empty(0, dtype=np.uint16)
-        else:
-            mapped = torch.from_file(os.fspath(self.path), shared=False, size=end, dtype=torch.uint16)
-            self.tokens = mapped.numpy()[self.offset // 2:]
+        skipped = self.offset // 2
+        if skipped + self.count == 0:  # nothing can be mapped
+            return np.empty(0, dtype=np.uint16)
+        try:
+            mapped = torch.from_file(
+                os.fspath(self.path), shared=False, size=skipped + self.count, dtype=torch.uint16)
+        except RuntimeError as error:
+            self.read([(0, self.count and 1)])  # says what is wrong
+            raise DataError(f"shard {self.path} cannot be mapped: {first_line(error)}") from error
+        return mapped.numpy()[skipped:]
 
-    def read(self, places: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Read tokens [start, stop) of several places without the mapping, whose pages would count as memory in use."""
-        windows = []
-        with open(self.path, "rb", buffering=0) as file:
-            for start, stop in places:
-                file.seek(self.offset + 2 * start)
-                windows.append(np.fromfile(file, "<u2", stop - start))
-        return windows
+    def remember(self, sample: list[np.ndarray]) -> None:
+        """Keep the hash of the sample, by which the tokens are known again if the date of the file changes."""
+        self.digest = digest(self.state[0], sample) if self.state else None
+
+    def read(self, windows: list[tuple[int, int]]) -> list[np.ndarray]:
+        """Read tokens [start, stop) for each of the windows from the file as it is, without mapping it."""
+        found = [np.empty(stop - start, dtype=np.uint16) for start, stop in windows]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for (start, _), tokens in zip(windows, found):
+                    left = memoryview(tokens.view(np.uint8))
+                    file.seek(self.offset + 2 * start)
+                    while left and (count := file.readinto(left)):
+                        left = left[count:]
+                    if left:
+                        raise self.changed()
+        except FileNotFoundError as error:
+            raise self.changed() from error
+        except DataError:
+            raise
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        return found
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read tokens [start, stop) from the disk, and return at once."""
@@ -99,18 +111,27 @@ class Shard:
             status = os.stat(self.path)
             return status.st_size, status.st_mtime_ns, status.st_ino
 
-    def hash_sample(self) -> bytes:
-        """Return a hash of a sample of the tokens, as they are now."""
-        hashed = hashlib.sha256()
-        for window in self.read([*sample_windows(self.count), *more_windows(self.count)]):
-            hashed.update(window.data)
-        return hashed.digest()
-
     def changed(self) -> DataError:
         """Return the error for a file that is not what it was."""
         what = "was changed" if self.path.exists() else "is gone or was moved"
         return DataError(f"shard {self.path} {what} while it was in use: restore it, and the same command continues "
                          "from the last checkpoint")
+
+
+def read_sample(tokens: np.ndarray | Shard) -> list[np.ndarray]:
+    """Read windows spread over a shard, and as the last ones its begin, middle and end; or a small one whole."""
+    windows = [*more_windows(len(tokens)), *sample_windows(len(tokens))]
+    if isinstance(tokens, Shard):
+        return tokens.read(windows)
+    return [tokens[start:stop] for start, stop in windows]
+
+
+def digest(size: int, sample: list[np.ndarray]) -> bytes:
+    """Return a hash of the size of a file and of a sample of its tokens."""
+    hashed = hashlib.sha256(str(size).encode())
+    for tokens in sample:
+        hashed.update(tokens.data)
+    return hashed.digest()
 
 
 def sample_windows(count: int) -> list[tuple[int, int]]:
@@ -212,7 +233,9 @@ def check_gpt2(windows: list[np.ndarray], name: str) -> None:
 
     Refused is only what text in GPT-2's encoding never looks like, or hardly ever.
     """
-    if wrong := width_problem(windows[0]) or zeros_problem(windows) or encoding_problem(np.concatenate(windows), name):
+    tokens = np.concatenate(windows)
+    wrong = width_problem(windows[0]) or zeros_problem(tokens, windows[-1]) or encoding_problem(tokens, name)
+    if wrong:
         raise DataError(f"shard {name} does not hold GPT-2 tokens in uint16: {wrong}")
 
 
@@ -236,18 +259,21 @@ def width_problem(tokens: np.ndarray) -> str:
     return ""
 
 
-def zeros_problem(windows: list[np.ndarray]) -> str:
-    """Say what is wrong if parts of a shard were never filled; else "". "!" is 0, but GPT-2 has other ids for "!!"."""
-    tokens, nonzero = np.concatenate(windows), np.flatnonzero(windows[-1])
+def zeros_problem(tokens: np.ndarray, last: np.ndarray) -> str:
+    """Say what is wrong if parts of a shard were never filled; else "". "!" is 0, but GPT-2 has other ids for "!!".
+
+    `tokens` are the whole sample, and `last` its last window, at the end of the shard.
+    """
     if len(tokens) < 64:
         return ""
     if tokens.min() == tokens.max() < VOCAB_SIZE:
         return f"all sampled tokens are {tokens[0]}: prepare it again"
-    tail = len(windows[-1]) - (nonzero[-1] + 1 if nonzero.size else 0)
+    nonzero = np.flatnonzero(last)
+    tail = len(last) - (nonzero[-1] + 1 if nonzero.size else 0)
     if tail >= 16:
         more = "" if nonzero.size else " or more"
         return f"it ends in {tail:,}{more} zeros, as if it had not been filled: cut them off, or prepare it again"
-    share = sum(((window[1:] == 0) & (window[:-1] == 0)).sum() for window in windows) / len(tokens)
+    share = ((tokens[1:] == 0) & (tokens[:-1] == 0)).mean()
     return f"{share:.0%} of the sample are zeros beside zeros: prepare it again" if share > 0.05 else ""
 
 
@@ -260,12 +286,12 @@ def encoding_problem(tokens: np.ndarray, name: str) -> str:
                 "characters: name its text file instead, as --data input.txt; or delete meta.pkl if they are GPT-2's")
     if len(tokens) < 256:
         return ""
-    shares = np.bincount(tokens, minlength=2**16) / len(tokens)  # of each id
-    distinct = np.count_nonzero(shares)
+    counts = np.bincount(tokens)
+    distinct, common = np.count_nonzero(counts), set(np.flatnonzero(counts > len(tokens) / 50).tolist())
     for owner, ids in OTHER_ENCODINGS.items():
-        if distinct > 300 and all(shares[list(ids)] > 0.02):
+        if distinct > 300 and common.issuperset(ids):
             return f"they seem to be {owner}: {again}"
-    if shares[list(NOT_IN_TEXT)].sum() > 0.01:
+    if NOT_IN_TEXT[tokens].mean() > 0.01:
         return f"more than 1 % are bytes that no text has, so they seem to be another encoding's: {again}"
     if len(tokens) >= 10_000 and largest < 512 and (tokens < 128).mean() > 0.5:
         return f"the largest of {len(tokens):,} is {largest}, so they seem to be characters or bytes: {again}"

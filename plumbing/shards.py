@@ -17,14 +17,14 @@ import numpy as np
 
 from plumbing import file_kinds
 from plumbing.files import DataError
+from plumbing.formats import kind_of
 from plumbing.manifest import read_record
-from plumbing.shard_file import Shard, check_gpt2, check_tokens, more_windows, open_shard, sample_windows
+from plumbing.shard_file import Shard, check_gpt2, check_tokens, more_windows, open_shard, read_sample
 from plumbing.tokenizer import EOT, VOCAB_SIZE
 
 # the source that fineweb.py reads by default
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # words in the names of shards
-PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".npz", ".lz4")
 
 
 def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.ndarray | Shard]]:
@@ -50,8 +50,9 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
     for path in paths:
         if len(splits_of(path)) > 1:
             raise DataError(f"shard {path} has both 'train' and 'val' in its name: rename it")
-    for path in named:
-        if path.suffix.lower() in PACKED and Path(path.stem).suffix.lower() in ("", *file_kinds.SHARDS):
+    packed = [path for path in named if path.suffix.lower() in (".npz", *file_kinds.PACKED)]
+    for path in packed:
+        if Path(path.stem).suffix.lower() in ("", *file_kinds.SHARDS):
             raise DataError(f"shard {path} is packed and would be left out: unpack it, or move it away")
     if not paths:
         raise no_shards(data, split)
@@ -70,7 +71,7 @@ def no_shards(folder: Path, split: str) -> DataError:
     first = itertools.islice(folder.rglob("*"), 10_000)  # somebody may name a whole disk
     files = [path for path in sorted(first) if path.is_file() and not path.name.startswith(".")]
     shards = [path for path in files if path.suffix.lower() in file_kinds.SHARDS and "model" not in path.name]
-    texts = [path for path in files if path.suffix == ".txt" or file_kinds.reads(path.name)]
+    texts = [path for path in files if kind_of(path.name)]
     below = [path for path in shards if path.parent != folder]
     unnamed = [path for path in shards if not splits_of(path)]
     hint = f": run python fineweb.py, or name a folder of .npy or .bin files with {split!r} in their names"
@@ -107,14 +108,14 @@ def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size
     hashed, spread = hashlib.sha256(), hashlib.sha256()
     for name, shard in zip(names, shards):
         hashed.update(f"{len(shard)} ".encode())
-        windows = []
-        for digest, places in ((spread, more_windows(len(shard))), (hashed, sample_windows(len(shard)))):
-            found = shard.read(places) if isinstance(shard, Shard) else [shard[start:stop] for start, stop in places]
-            for window in found:
-                digest.update(np.ascontiguousarray(window, dtype="<u2").data)
-            windows += found
-        if vocab_size == VOCAB_SIZE and isinstance(shard, Shard):  # what was encoded here needs no check
-            check_gpt2(windows, name)
+        windows, n_spread = read_sample(shard), len(more_windows(len(shard)))
+        for digest, part in ((spread, windows[:n_spread]), (hashed, windows[n_spread:])):
+            for tokens in part:
+                digest.update(np.ascontiguousarray(tokens, dtype="<u2").data)
+        if isinstance(shard, Shard):  # what was encoded here needs no check
+            shard.remember(windows)
+            if vocab_size == VOCAB_SIZE:
+                check_gpt2(windows, name)
         for tokens in windows:
             check_tokens(tokens, name, vocab_size)
     return {"sha256": hashed.hexdigest(), "windows_sha256": spread.hexdigest()}
@@ -156,6 +157,13 @@ def count_documents(data, loaders: list) -> int:
     parts = [tokens for loader in loaders for tokens in loader.shards]
     return sum(int(np.count_nonzero(tokens[start:start + 2**20] == EOT))
                for tokens in parts for start in range(0, len(tokens), 2**20))
+
+
+def has_shards(folder) -> bool:
+    """Return whether a folder holds anything but what a try of fineweb.py leaves that wrote no shard."""
+    folder = Path(folder)
+    return folder.exists() and (not folder.is_dir() or any(
+        not path.name.startswith((".", "progress")) for path in folder.iterdir()))
 
 
 def check_manifests(folder: Path) -> None:

@@ -23,15 +23,26 @@ def prefetch(items, stop: threading.Event, depth: int = 4):
 
 
 def map_in_order(function, items, threads: int):
-    """Yield function(item) for each item of a generator, in order, computed by `threads` threads."""
-    futures, pool = deque(), ThreadPoolExecutor(threads)
+    """Yield function(item) for each item of a generator, in order, computed by `threads` threads.
+
+    An error of the generator is raised after the results of the items before it.
+    """
+    futures, pool, end, error = deque(), ThreadPoolExecutor(threads), object(), None
     try:
-        for item in items:
+        while True:
+            try:
+                item = next(items, end)
+            except Exception as caught:
+                item, error = end, caught
+            if item is end:
+                break
             futures.append(pool.submit(function, item))
             if len(futures) > 2 * threads:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
+        if error:
+            raise error
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()

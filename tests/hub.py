@@ -57,6 +57,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             repository, kind, under = api.groups()
             if repository not in self.repositories:
                 return self.reply(b"{}", status=404)
+            if kind == "tree" and not (self.repositories[repository] / (under or "")).is_dir():
+                return self.reply(b"{}", status=404, code="EntryNotFound")
             if kind == "tree":
                 return self.reply(self.listing(repository, under or "", "recursive=true" in query.lower()))
             if kind == "paths-info":
@@ -119,7 +121,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                                 "lfs": {"oid": digest, "size": size, "pointerSize": 130}})
         return entries
 
-    def reply(self, data, status=200, ranged=False):
+    def reply(self, data, status=200, ranged=False, code=""):
         if not isinstance(data, bytes):
             data = json.dumps(data).encode()
         if self.broken == "html":
@@ -137,6 +139,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if self.broken == "html" else "application/octet-stream")
         self.send_header("ETag", f'"{digest}"')
         self.send_header("X-Repo-Commit", COMMIT)
+        if code:
+            self.send_header("X-Error-Code", code)
         if self.broken == "cut":
             self.send_header("Connection", "close")
         self.end_headers()

@@ -128,9 +128,9 @@ def test_opening_ten_billion_tokens_takes_no_time_and_no_memory(tmp_path):
     for i in range(1, 100):  # one file of 100M tokens under a hundred names: 10B in all
         os.link(tmp_path / "edufineweb_val_000000.npy", tmp_path / f"edufineweb_train_{i:06d}.npy")
     make_loader(tmp_path, "val", 4, 1024)  # imports what it needs
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     loader = make_loader(tmp_path, "train", 4, 1024)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5  # of this process: others may use the machine too
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
     assert loader.n_windows == 99 * (99_999_999 // 1024)
 

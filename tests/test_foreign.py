@@ -374,7 +374,7 @@ def test_an_edited_state_of_the_optimizer_is_refused_by_name(spoil, kind):
     optimizer = steps(model, kind)
     wrong = state()
     SPOILS[spoil](wrong["optimizers"][0])
-    with pytest.raises(CheckpointError, match=r"the state of the optimizers in log/model_000001.pt is not that of this"):
+    with pytest.raises(CheckpointError, match=r"the optimizers in log/model_000001.pt is not that of this model"):
         checkpoint.restore(wrong, [optimizer], scaler, torch.device("cpu"))
 
 

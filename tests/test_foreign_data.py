@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENCODING, ROOT, make_loader, needs, write_shards
+from conftest import ENCODING, ROOT, flags, make_loader, needs, run, write_shards
 
 from plumbing import file_kinds, shards, text_file
 from plumbing.files import DataError
@@ -222,7 +222,7 @@ NO_TEXT = [
     ("x.txt", '["one",\n "two"]', "be .json"), ("x.txt", '{"text": "' + "word " * 300_000 + '"}', "be .json"),
     ("x.txt", '[{"text": "' + "word " * 300_000 + '"}]', "be .json"),
     ("x.txt", "id,text\n1,hello\n2,\"a, b\"\n", "be .csv"), ("x.txt", "label\ttext\n1\thello\n", "be .tsv"),
-    ("x.txt", "<div class='x'><p>Hello</p></div>\n" * 9, "be .html"), ("x.tar.gz", b"\x1f\x8b\x08", "tar -xf"),
+    ("x.txt", "<div class='x'><p>Hello</p></div>\n" * 9, "be .html"), ("x.tar.gz", b"\x1f\x8b\x08", "tar xf"),
     ("x.txt", b"ID3" + bytes(range(256)) * 9, "has control characters"),
     ("x.txt", "\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587\n".encode("utf-16-le") * 9, "-f UTF-16LE"),
     ("x.txt", "za\u017c\u00f3\u0142\u0107 a wi\u0119c tak\n".encode("cp1250"), "1250 if it is Central|ITS_ENC"),
@@ -285,6 +285,30 @@ def test_a_mark_of_the_byte_order_is_dropped_and_ends_of_lines_are_newlines(tmp_
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
     read = [token for split in ("train", "val") for token in text_file.open_text(path, split).tolist()]
     assert read == gpt2_encoding().encode_ordinary(TEXT)
+
+
+@needs(*ENCODING, "datasets", "gigatoken")
+@pytest.mark.parametrize("source", ["my_texts", "x.txt", "x.csv"])
+def test_the_fineweb_command_that_is_named_makes_the_data(source, tmp_path):
+    """For a folder of texts, and for tables given as a text, under their own name or not."""
+    stories = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000].split("\n\n")
+    (tmp_path / "my_texts").mkdir()
+    for i, story in enumerate(stories):
+        (tmp_path / "my_texts" / f"{i}.txt").write_text(story, encoding="utf-8")
+    (tmp_path / "x.txt").write_text("\n".join(json.dumps({"text": story}) for story in stories), encoding="utf-8")
+    rows = [f"{json.dumps(story[:40].replace(chr(34), ''))},1" for story in stories]
+    (tmp_path / "x.csv").write_text("\n".join(["text,id", *rows]))
+    said = run(flags(data=source), cwd=tmp_path)
+    assert said.returncode == 2, said.stdout
+    if " mv " in said.stderr:
+        old, new = said.stderr.split(" mv ")[1].split(", then")[0].split()
+        (tmp_path / old).rename(tmp_path / new)
+    words = shlex.split(said.stderr.split("python fineweb.py ")[1].split(", then")[0])
+    made = run([*words, "--shard_size", "500"], cwd=tmp_path, script=ROOT / "fineweb.py")
+    assert made.returncode == 0, made.stderr
+    result = run(flags(data=words[words.index("--out") + 1], sequence_length=8, max_steps=2, warmup_steps=1,
+                       out_dir="out"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_every_shard_command_names_the_folder_that_it_makes(tmp_path):

@@ -1,0 +1,474 @@
+"""The kinds of files that fineweb.py reads: a reader for each yields one column of text, in batches.
+
+    kind_of(name)                  "parquet", "jsonl", "txt" ... by the suffix of a file; None for what is not read
+    read_rows(name, column, skip)  (Arrow binary array, {index: what is wrong with it}) for every batch of rows
+
+    .parquet                       one row per row
+    .jsonl, .ndjson                one row per line; a list of objects is read as .json is
+    .json                          one row per object of a list, of {"data": [...]}, or per line
+    .csv, .tsv                     one row per record; the first line has the names of the columns
+    .arrow                         one row per row, as datasets' save_to_disk and pyarrow write them
+    .txt                           one row per file
+
+All but .parquet and .arrow may be compressed, .gz or .zst. A name may be an hf:// address, which is streamed.
+"""
+import contextlib
+import csv
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from plumbing.cli import UserError
+
+
+class Unreadable(UserError):
+    """Raised for a file, or the rest of one, that is not what its name says."""
+
+
+ROWS = 250  # rows per read: the system reuses buffers of a few MB, while larger ones cost page faults
+READ = "a .parquet, .jsonl, .json, .csv, .tsv, .arrow or .txt file"
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+# files of these names lie beside data, and are about them
+ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requirements|robots|merges)\b.*\.txt(\..*)?|"
+                   r"(dataset_?(info|infos|dict)|state|config|metadata|package|package-lock|manifest.*|progress.*|"
+                   r"vocab|tokenizer.*|special_tokens_map|generation_config|croissant)\.json", re.IGNORECASE)
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of a data file by its name: its suffix, without .gz or .zst. None if it is not read."""
+    last = name.rpartition("/")[2]
+    match = re.fullmatch(r"[^.].*\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)", last.lower())
+    return (match[1] or match[2]) if match and not ABOUT.fullmatch(last) else None
+
+
+def read_rows(name: str, column: str, skip: bool):
+    """Yield (Arrow binary array, {index in it: what is wrong}) for each batch of up to ROWS rows of a file, in order.
+
+    A row that cannot be read is null in the array and named in the dict; with `skip`, damage to a part of a parquet
+    file is treated so too, and otherwise raised. Raises UserError if the file does not have such a column.
+    """
+    kind = kind_of(name)
+    if kind == "parquet":
+        return read_row_groups(name, column) if skip or "." in column else read_parquet(name, column)
+    if kind == "arrow":
+        return read_arrow(name, column)
+    if kind == "txt":
+        return read_document(name)
+    return read_table(name, column) if kind in ("csv", "tsv") else read_json(name, column)
+
+
+def convert(rows, text_of):
+    """Return text_of(row), UTF-8 or None, for a batch of rows as read_rows() yields it; its UserErrors are bad rows."""
+    import pyarrow as pa
+
+    texts, bad = [], {}
+    for i, row in enumerate(rows):
+        try:
+            texts.append(text_of(row))
+        except UserError as error:
+            texts.append(None)
+            bad[i] = str(error)
+    return pa.array(texts, pa.large_binary()), bad
+
+
+def as_utf8(text: str) -> bytes:
+    """Encode a text as UTF-8. Lone surrogates, which UTF-8 cannot express, become U+FFFD, as in tiktoken."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Text files, compressed or not
+# ---------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def open_text(name: str):
+    """Open a file for reading its bytes, decompressed and without the byte-order mark of UTF-8.
+
+    Raises UserError if it is in UTF-16 or UTF-32, binary, or not compressed as its name says.
+    """
+    import fsspec
+    import pyarrow as pa
+
+    with fsspec.open(name, "rb") if "://" in name else open(name, "rb") as stream:
+        raw = io.BufferedReader(stream, 1 << 20) if "://" in name else stream
+        codec = next((codec for magic, codec in MAGIC.items() if raw.peek(4).startswith(magic)), "")
+        suffix = Path(name).suffix.lower()
+        if suffix in MAGIC.values() and codec != suffix and raw.peek(1):
+            right = Path(name[:-len(suffix)] + codec).name
+            raise Unreadable(f"it cannot be read, as it is not compressed as its name says: rename it to {right}")
+        kind = {".gz": "gzip", ".zst": "zstd"}.get(codec)
+        file = io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 20) if kind else raw
+        check_encoding(file.peek(4096)[:4096], name)
+        if file.peek(3).startswith(b"\xef\xbb\xbf"):
+            file.read(3)
+        yield file
+
+
+def check_encoding(head: bytes, name: str) -> None:
+    """Raise UserError if a file that begins with these bytes is no text in UTF-8, or in a code like it."""
+    zeros, marks = [head[i::4].count(0) for i in range(4)], {
+        b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+    code = next((code for mark, code in marks.items() if head.startswith(mark)), None)
+    if code is None and sum(zeros) * 4 <= len(head):
+        return
+    if code is None:
+        order = "LE" if zeros[3] >= zeros[0] and zeros[1] else "BE"
+        code = ("UTF-32" if sum(zeros) * 2 > len(head) else "UTF-16") + order
+    raise Unreadable(f"it seems to be in {code}, not UTF-8: {recode(name, code)}")
+
+
+def recode(name: str, code: str) -> str:
+    """Return the command that makes a file in UTF-8 of one in another code."""
+    path, last = shlex.quote(name), Path(name).name
+    stem = re.sub(r"(?i)\.(gz|zst)$", "", last)
+    unpack = "" if stem == last else f"{'zstd' if last.lower().endswith('.zst') else 'gzip'} -dc {path} | "
+    return f"{unpack}iconv -f {code} -t UTF-8{'' if unpack else ' ' + path} > {shlex.quote('utf8_' + stem)}"
+
+
+def decode(data: bytes, name: str) -> str:
+    """Decode a text that has to be UTF-8. Raises UserError, with a command, if it is in another code."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"it is not UTF-8 at byte {error.start}; if it is Latin-1: {recode(name, 'WINDOWS-1252')}"
+                        ) from error
+
+
+def in_batches(items):
+    """Yield the items of an iterator in lists of ROWS; those before an error come before the error."""
+    items, error = iter(items), None
+    while error is None:
+        batch = []
+        try:
+            batch.extend(itertools.islice(items, ROWS))  # keeps what came before an error
+        except Exception as caught:
+            error = caught
+        if batch:
+            yield batch
+        if error is None and len(batch) < ROWS:
+            return
+    raise error
+
+
+def read_document(name: str):
+    """Yield the text of a .txt file as one row, with the ends of lines as Python reads them; none if it is empty."""
+    def text_of(data: bytes) -> bytes | None:
+        return decode(data, name).replace("\r\n", "\n").replace("\r", "\n").encode() or None
+
+    with open_text(name) as file:
+        yield convert([file.read()], text_of)
+
+
+def read_table(name: str, column: str):
+    """Yield one column of a .csv or .tsv file. Texts are kept as they are written; an empty field is null.
+
+    The names of the columns are in the first line. Raises UserError if `column` is not among them.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with open_text(name) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as file:
+        first = file.readline()
+        delimiters = "\t" if kind_of(name) == "tsv" else ",;\t|"
+        heads = [next(csv.reader([first], delimiter=each), []) for each in delimiters]
+        delimiter, head = next(((each, head) for each, head in zip(delimiters, heads) if column in head),
+                               (delimiters[0], heads[0]))
+        if first and column not in head:
+            raise UserError(missing_column(column, head))
+        records = csv.reader(file, delimiter=delimiter, strict=True)
+
+        def text_of(record) -> bytes | None:
+            line, values = record
+            if isinstance(values, csv.Error):
+                raise UserError(f"line {line} is not CSV: {values}")
+            if values and len(values) != len(head):
+                raise UserError(f"line {line} has {len(values)} fields and the first line {len(head)}: put a text that "
+                                f"holds {delimiter!r} or ends of lines in quotes")
+            text = values[head.index(column)].encode("utf-8", "surrogateescape") if values else b""
+            try:
+                return decode(text, name).encode() or None
+            except UserError as error:
+                raise UserError(f"line {line}: {error}") from error
+
+        def numbered():
+            while True:
+                try:
+                    values = next(records)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    values = error
+                yield records.line_num + 1, values
+
+        for batch in in_batches(numbered()):
+            yield convert(batch, text_of)
+
+
+def missing_column(column: str, there) -> str:
+    """Return what is said of a column that does not exist, with the names of those that do."""
+    names = ", ".join(str(name)[:60] for name in list(there)[:20])
+    return f"no column {column!r}: choose a --text_column of {names}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_json(name: str, column: str):
+    """Yield one key of the JSON objects in a file: one per line, or a list of them, also as {"data": [...]}.
+
+    Python's parser is used, because the one in `datasets` refuses lone surrogates and turns texts that look like dates
+    into dates.
+    """
+    with open_text(name) as file:
+        kind, head = kind_of(name), file.peek(4096)[:4096].lstrip()
+        if head.startswith(b"["):
+            yield from batches(items_of_list(file), column)
+            return
+        lines = enumerate(file, start=1)
+        if kind == "json" and head.startswith(b"{"):
+            number, first = next((number, line) for number, line in lines if line.strip())
+            if not is_row(first, column):
+                yield from batches(enumerate(list_in(first + file.read()), start=1), column)
+                return
+            lines = itertools.chain([(number, first)], lines)
+        for batch in in_batches(lines):
+            yield convert(batch, lambda line: text_of_line(line, column))
+
+
+def is_row(line: bytes, column: str) -> bool:
+    """Return whether a line is a JSON object of its own, and not the whole of a file with a list of objects in it."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return line.rstrip() .endswith((b"[", b",", b"{", b":")) is False
+    return not isinstance(value, dict) or column in value or not any(is_list(each) for each in value.values())
+
+
+def is_list(value) -> bool:
+    """Return whether a JSON value is a list of objects."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def list_in(data: bytes) -> list:
+    """Return the objects in a JSON file that is one object: the list of objects in it, or the object itself."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"it is not JSON: {error}") from error
+    lists = [each for each in value.values() if is_list(each)]
+    return value["data"] if is_list(value.get("data")) else lists[0] if len(lists) == 1 else [value]
+
+
+def items_of_list(file):
+    """Yield (number, value) for each item of a JSON list, without holding the whole file."""
+    decoder, reader, between = json.JSONDecoder(), io.TextIOWrapper(file, "utf-8", "replace"), re.compile(r"[\s,]*")
+    place, number, size = 0, 0, 1 << 16
+    text = reader.read(size).lstrip()[1:]
+    while True:
+        place = between.match(text, place).end()
+        try:
+            if place < len(text) and text[place] == "]":
+                return
+            value, end = decoder.raw_decode(text, place)
+            if end == len(text):  # a number may go on
+                raise ValueError("cut off")
+        except (ValueError, RecursionError) as error:
+            more = reader.read(size)
+            if not more:
+                raise Unreadable(f"item {number + 1} of its list is not JSON: {error}") from error
+            text, place, size = text[place:] + more, 0, 2 * size
+            continue
+        number, place, size = number + 1, end, 1 << 16
+        yield number, value
+
+
+def batches(items, column: str):
+    """Yield the texts of numbered JSON values, in batches."""
+    def text_of(item) -> bytes | None:
+        return text_in(item[1], column, f"item {item[0]}")
+
+    for batch in in_batches(items):
+        yield convert(batch, text_of)
+
+
+def text_of_line(numbered: tuple[int, bytes], column: str) -> bytes | None:
+    """Return the text in a numbered JSON line as UTF-8, or None if it is null or the line is blank.
+
+    Raises UserError, with the number of the line, for anything else.
+    """
+    number, line = numbered
+    try:
+        line = line.decode("utf-8", "replace")
+        value = json.loads(line) if line.strip() else {column: None}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"line {number} is not a JSON object with a string under {column!r}: {error}") from error
+    return text_in(value, column, f"line {number}")
+
+
+def text_in(value, column: str, place: str) -> bytes | None:
+    """Return the text under a key of a JSON object as UTF-8; "a.b" is the key b of the object under a."""
+    for key in [column] if not isinstance(value, dict) or column in value else column.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise UserError(f"{place} is not a JSON object with a string under {column!r}")
+        if key not in value:
+            raise UserError(f"{place} has no key {column!r}: choose a --text_column of {', '.join(value)[:200]}")
+        value = value[key]
+    if value is None or isinstance(value, str):
+        return None if value is None else as_utf8(value)
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{place} has a {type(value).__name__} under {column!r}: {way_out(value, column, 'json')}")
+    raise UserError(f"{place} is not a JSON object with a string under {column!r}, but with {str(value)[:40]!r}")
+
+
+def way_out(value, column: str, kind: str, name: str = "FILE") -> str:
+    """Return what to type where a column holds `value`, a list or an object, instead of a text."""
+    if isinstance(value, dict):
+        keys = [f"{column}.{key}" for key, each in value.items() if isinstance(each, str)]
+        return f"choose a --text_column of {', '.join(keys)}" if keys else "choose another --text_column"
+    item = value[0] if value else ""
+    keys = [key for key, each in item.items() if isinstance(each, str)] if isinstance(item, dict) else []
+    key = next((key for key in ("content", "value", "text", *reversed(keys)) if key in keys), None)
+    part = f"part[{key!r}]" if key else "str(part)"
+    joined = f"'\\n'.join({part} for part in row[{column!r}])"
+    return ('join it to one text first: python -c "import datasets; '
+            f"datasets.load_dataset({kind!r}, data_files={name!r}, split='train')"
+            f".map(lambda row: {{'text': {joined}}}).select_columns('text').to_json('texts.jsonl')\"")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Arrow
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_parquet(name: str, column: str):
+    """Yield one column of a parquet file. Other columns are not read."""
+    import pyarrow as pa
+    import pyarrow.dataset
+
+    options = {}
+    if "://" in name:  # over a network: few and large requests, with the next one sent early
+        cache = pa.CacheOptions(prefetch_limit=1, range_size_limit=128 << 20)
+        options["fragment_scan_options"] = pa.dataset.ParquetFragmentScanOptions(cache_options=cache)
+    path = glob.escape(name if "://" in name else os.path.abspath(name))
+    table = import_datasets().load_dataset("parquet", data_files=[path], columns=[column], batch_size=ROWS,
+                                           split="train", streaming=True, **options)
+    try:
+        for batch in table.with_format("arrow").iter(batch_size=ROWS):
+            yield from binary_of(batch.column(0), column, name)
+    except pa.ArrowInvalid as error:
+        if "No match for FieldRef" not in str(error):
+            raise
+        columns = str(error).partition(" in ")[2].partition("__fragment_index")[0].split("\n")
+        raise UserError(missing_column(column, [each for each in columns if each and each[0] != " "])) from error
+
+
+def read_row_groups(name: str, column: str):
+    """Yield one column of a parquet file, "a.b" being the field b of a column a.
+
+    The rows of a group that is damaged, from the damage on, are bad ones.
+    """
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    with fsspec.open(name, "rb") if "://" in name else open(name, "rb") as raw, pa.parquet.ParquetFile(raw) as file:
+        schema, top = file.schema_arrow, column if column in file.schema_arrow.names else column.partition(".")[0]
+        if top not in schema.names:
+            raise UserError(missing_column(column, [f"{field.name}: {field.type}" for field in schema]))
+        begin = 0
+        for group in range(file.num_row_groups):
+            row, end = begin, begin + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(ROWS, [group], [top]):
+                    values = batch.column(0)
+                    yield from binary_of(values if top == column else inner(values, column), column, name)
+                    row += len(batch)
+            except (pa.ArrowException, OSError) as error:
+                if "://" in name and not isinstance(error, pa.ArrowException):
+                    raise  # the network's, and tried again
+                reason = f"rows {row + 1} to {end} cannot be read: {' '.join(str(error).split())[:200]}"
+                yield pa.nulls(end - row, pa.large_binary()), dict.fromkeys(range(end - row), reason)
+            begin = end
+
+
+def read_arrow(name: str, column: str):
+    """Yield one column of an .arrow file: a stream, as `datasets` writes it, or a file with an index at its end."""
+    import fsspec
+    import pyarrow as pa
+
+    with fsspec.open(name, "rb") if "://" in name else pa.memory_map(name) as raw:
+        is_file = raw.read(6) == b"ARROW1"
+        raw.seek(0)
+        reader = pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
+        schema, top = reader.schema, column if column in reader.schema.names else column.partition(".")[0]
+        if top not in schema.names:
+            raise UserError(missing_column(column, [f"{field.name}: {field.type}" for field in schema]))
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            for i in range(0, len(batch), ROWS):
+                values = batch.column(top).slice(i, ROWS)
+                yield from binary_of(values if top == column else inner(values, column), column, name)
+
+
+def inner(values, column: str):
+    """Return the field of an Arrow struct that "a.b.c" names, values being the column a; null in a null struct."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    for key in column.split(".")[1:] if pa.types.is_struct(values.type) else []:
+        names = [field.name for field in values.type] if pa.types.is_struct(values.type) else []
+        if key not in names:
+            raise UserError(missing_column(column, [f"{column.partition('.')[0]}.{each}" for each in names]))
+        values = pa.compute.struct_field(values, key)
+    return values
+
+
+def binary_of(values, column: str, name: str):
+    """Yield (Arrow binary array, {}) for a column of text, of any type that Arrow has for it."""
+    import pyarrow as pa
+
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+                    pa.null()):
+        remedy = "choose another --text_column"
+        if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            remedy = way_out(example(kind), column, kind_of(name), name)
+        raise UserError(f"column {column!r} holds {str(kind)[:200]}, not text: {remedy}")
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(kind)
+    values = values.cast(pa.large_binary())
+    for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+        yield chunk, {}
+
+
+def example(kind):
+    """Return a JSON value of an Arrow type, with "" for text and None for all else that is neither list nor struct."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return {field.name: example(field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [example(kind.value_type)]
+    return "" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
+
+
+def import_datasets():
+    """Import the package `datasets`, set up to start fast, print nothing and leave the retries to read_texts."""
+    import datasets
+    import huggingface_hub
+
+    datasets.config.TORCH_AVAILABLE = False  # otherwise it imports torch, which takes a second
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    for reason in ("OPEN", "READ", "READ_RATE_LIMIT", "READ_SERVER_UNAVAILABLE"):
+        setattr(datasets.config, f"STREAMING_{reason}_RETRY_INTERVAL", 0)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # these two print what they also raise
+    huggingface_hub.logging.set_verbosity_error()
+    return datasets
