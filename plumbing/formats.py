@@ -42,9 +42,8 @@ ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requir
 
 def kind_of(name: str) -> str | None:
     """Return the kind of a data file by its name: its suffix, without .gz or .zst. None if it is not read."""
-    last = name.rpartition("/")[2]
-    match = re.fullmatch(r"[^.].*\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)", last.lower())
-    return (match[1] or match[2]) if match and not ABOUT.fullmatch(last) else None
+    match = re.search(r"\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)$", name.lower())
+    return (match[1] or match[2]) if match else None
 
 
 def read_rows(name: str, column: str, skip: bool):

@@ -131,6 +131,8 @@ def test_txt_is_read_as_python_reads_it(tmp_path):
     (tmp_path / "in" / "README.txt").write_text("about it")
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
     assert tokens(tmp_path / "out") == plain(["one\ntwo\nthree\n", "packed"]).tolist()
+    prepare(source=tmp_path / "in" / "README.txt", out=tmp_path / "asked for", **FAST)
+    assert tokens(tmp_path / "asked for") == plain(["about it"]).tolist()
 
 
 def test_a_folder_says_what_it_leaves_out_and_follows_links(tmp_path, capsys):
@@ -379,6 +381,33 @@ def test_a_later_file_that_is_mended_keeps_every_finished_shard(four_files, tmp_
     write_jsonl(folder / "5.jsonl", documents(9, 9))  # and more, when all is finished
     prepare(**arguments, **FAST)
     assert tokens(tmp_path / "out") == expected + plain(documents(9, 9)).tolist()
+    prepare("--verify", out=tmp_path / "out")
+
+
+def test_a_finished_folder_that_cannot_be_extended_yet_is_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(9))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
+    shard = (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes()
+    (tmp_path / "in" / "b.jsonl").write_text("broken\n")
+    for _ in range(2):
+        refused("b.jsonl: line 1", source=tmp_path / "in", out=tmp_path / "out")
+        assert (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes() == shard
+    write_jsonl(tmp_path / "in" / "b.jsonl", documents(9, 5))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(documents(9) + documents(9, 5)).tolist()
+    prepare("--verify", out=tmp_path / "out")
+
+
+def test_shards_of_before_that_are_not_written_again_go(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(20))
+    write_jsonl(tmp_path / "in" / "b.jsonl", documents(40, 3))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
+    (tmp_path / "out" / "edufineweb_train_000001.npy").unlink()
+    write_jsonl(tmp_path / "in" / "b.jsonl", ["short"])
+    prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
+    assert tokens(tmp_path / "out") == plain([*documents(20), "short"]).tolist()
     prepare("--verify", out=tmp_path / "out")
 
 
