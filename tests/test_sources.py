@@ -313,6 +313,16 @@ def test_bad_rows_are_skipped_counted_and_named_also_after_a_stop(tmp_path, caps
         assert said.count("skipped: ") <= 10 and (k or f"{source}: line 8 " in said)
 
 
+def test_bad_records_of_a_table_are_skipped_too(tmp_path, capsys):
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,"one, two"\n2,a,b\n3,"x" y\n\n4,\xe9\n5,last\n')
+    refused("line 3 has 3 fields", source=tmp_path / "a.csv", out=tmp_path / "out")
+    prepare("--skip_bad_rows", source=tmp_path / "a.csv", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(["one, two", "last"]).tolist()
+    said = capsys.readouterr()
+    assert "(3 bad rows skipped)" in said.out
+    assert all(f"a.csv: line {line} " in said.err.replace(f"line {line}:", f"line {line} ") for line in (3, 4, 6))
+
+
 def test_a_damaged_row_group_is_skipped_as_a_whole(tmp_path, capsys):
     texts = documents(900)
     source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=300, compression="none", use_dictionary=False,
