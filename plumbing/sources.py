@@ -192,7 +192,7 @@ def nothing_to_read(source: str, where: str, everything: list[File]) -> str:
     most = max(counts, key=lambda suffix: sum(suffix_of(name) == suffix for name in names))
     what = f"{source} is" if len(names) == 1 and Path(source).name == Path(names[0]).name else (
         f"{where} has {count_suffixes(names)}, and")
-    return f"{what} not {READ}: {way_to_convert(counts[most].path)}"
+    return f"{what} not {READ}: first {way_to_convert(counts[most].path)}"
 
 
 def estimate_tokens(files: list[File]) -> int:

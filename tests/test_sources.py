@@ -101,6 +101,7 @@ KINDS = {
     "json in one line": lambda base: (base / "a.json").write_text(json.dumps({"data": ROWS})) and base / "a.json",
     "json lines": lambda base: (base / "a.json").write_bytes(LINES) and base / "a.json",
     "jsonl with a list": lambda base: write_json(base / "a.jsonl", ROWS),
+    "strings": lambda base: write_json(base / "a.json", TEXTS),
     "JSONL": lambda base: (base / "A.JSONL").write_bytes(b"\xef\xbb\xbf" + CRLF) and base / "A.JSONL",
     "jsonl that is gzip": lambda base: compressed(base / "a.jsonl", LINES),
     "json.gz": lambda base: compressed(base / "a.json.gz", json.dumps(ROWS).encode()),
@@ -245,6 +246,12 @@ def test_a_missing_key_names_those_that_are_there(tmp_path):
     ("a.json", b'{"a": 1', "it is not JSON|is not a JSON object"),
     ("a.jsonl.gz", b'{"text": "a"}\n', "not compressed as its name says: rename it to a.jsonl"),
     ("a.arrow", b"nothing", "cannot be read"),
+    ("a.txt", b"some\0thing", "it holds NUL bytes"),
+    ("a.txt", b"%PDF-1.4 ...", "no text but a .pdf file: rename it to a.pdf"),
+    ("a.jsonl", b"PK\x03\x04....", "no text but a .zip file"),
+    ("a.txt", b"\n<!DOCTYPE html><p>", "it seems to be HTML"),
+    ("a.txt", b'<?xml version="1.0"?>', "it seems to be XML"),
+    ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', "it seems to be JSON lines"),
 ])
 def test_broken_files_name_the_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
