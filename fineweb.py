@@ -251,6 +251,8 @@ def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
     if not manifest.values:
         mine = range(config.node_rank * NODE_SHARDS, (config.node_rank + 1) * NODE_SHARDS)
         for path in sorted([*Path(config.out).glob("*.npy"), *Path(config.out).glob("*.bin")]):
+            if manifest.progress.exists() and path.name == shard_name(config, 0):
+                continue  # a kill came before it was recorded: it is written again
             number = re.search(r"_(\d{6})\.npy$", path.name)
             if config.num_nodes == 1 or not number or int(number[1]) in mine:
                 raise UserError(f"{path} is there and no manifest says what it is: choose another --out, or delete it")

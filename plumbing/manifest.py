@@ -138,8 +138,9 @@ class Manifest:
         replace(self.progress, self.finished)
 
     def drop_if_empty(self) -> None:
-        """Delete progress.json if there is no shard, after an error."""
-        if not self.is_begun(self.values | {"shards": self.shards, "stale": self.stale}):
+        """Delete progress.json if there is no shard, not even one that a kill left unrecorded, after an error."""
+        is_begun = self.is_begun(self.values | {"shards": self.shards, "stale": self.stale})
+        if not is_begun and not any(self.folder.glob("*.npy")):
             self.progress.unlink(missing_ok=True)
 
     def total(self, key: str) -> int:

@@ -518,6 +518,13 @@ def test_a_try_without_a_shard_binds_nobody_and_leaves_nothing(tmp_path):
                 "tokenizer": "gigatoken", "node_rank": 0, "num_nodes": 1, "files": [["hf://x", 1]], "shards": []}
     (tmp_path / "out" / "progress.json").write_text(json.dumps(settings))
     (tmp_path / "out" / ".lock0").touch()
+    np.save(tmp_path / "out" / "killed.npy", np.zeros(3, np.uint16))  # before it was recorded
+    (tmp_path / "out" / "killed.npy").rename(tmp_path / "out" / "edufineweb_val_000000.npy")
+    prepare(source=source, out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(documents(9)).tolist()
+    for path in (tmp_path / "out").glob("*.*n*"):
+        path.unlink()
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(settings))
     assert not has_shards(tmp_path / "out")
     prepare(source=source, out=tmp_path / "out", **FAST)
     assert tokens(tmp_path / "out") == plain(documents(9)).tolist() and has_shards(tmp_path / "out")
