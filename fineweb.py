@@ -251,6 +251,8 @@ def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
     if not manifest.values:
         mine = range(config.node_rank * NODE_SHARDS, (config.node_rank + 1) * NODE_SHARDS)
         for path in sorted([*Path(config.out).glob("*.npy"), *Path(config.out).glob("*.bin")]):
+            if manifest.progress.exists() and path.name == shard_name(config, 0):
+                continue  # a kill came before it was recorded: it is written again
             number = re.search(r"_(\d{6})\.npy$", path.name)
             if config.num_nodes == 1 or not number or int(number[1]) in mine:
                 raise UserError(f"{path} is there and no manifest says what it is: choose another --out, or delete it")
@@ -272,6 +274,8 @@ def print_finished(config: FineWebConfig, manifest: Manifest, before: int = 0, s
     tokens, documents, shards = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
     line = f"finished: {tokens:,} tokens" + (f" of {documents:,} documents" if documents else "")
     line += f" in {shards} {plural(shards, 'shard')} in {config.out}"
+    if skipped := manifest.values.get("skipped_rows"):
+        line += f" ({skipped:,} bad {plural(skipped, 'row')} skipped)"
     if tokens > before and seconds:
         line += f"; {tokens - before:,} of them now, in {seconds:.1f} s: {(tokens - before) / seconds:,.0f} tokens/s"
     print0(line)
@@ -302,7 +306,11 @@ def download(config: FineWebConfig) -> None:
     manifest.begin(manifest.values | {"revision": commit})
     fetch = functools.partial(snapshot_download, dataset.repository, repo_type="dataset", revision=commit,
                               local_dir=config.out, allow_patterns=[shard["name"] for shard in wanted])
-    patiently(fetch, f"download {config.download}", config.retries, config.remedy)
+    try:
+        patiently(fetch, f"download {config.download}", config.retries, config.remedy)
+    except BaseException:
+        manifest.drop_if_empty()
+        raise
     with progress_bar(sum(shard["bytes"] for shard in wanted), 0, "B") as bar:
         for shard in wanted:
             path = Path(config.out) / shard["name"]

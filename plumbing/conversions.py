@@ -45,7 +45,7 @@ def way_to_convert(name: str) -> str:
     path, stem = Path(name).as_posix(), Path(name).name[:-len(suffix) - 1]
     if "!r}" not in command:
         path = shlex.quote(path)
-    return "first " + command.replace("{function}", "").format(
+    return command.replace("{function}", "").format(
         path=path, stem=shlex.quote(stem), parquet=f"{stem}.parquet", folder=shlex.quote(str(Path(name).parent)))
 
 

@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 from plumbing.cli import UserError
+from plumbing.conversions import way_to_convert
 
 
 class Unreadable(UserError):
@@ -34,6 +35,8 @@ class Unreadable(UserError):
 ROWS = 250  # rows per read: the system reuses buffers of a few MB, while larger ones cost page faults
 READ = "a .parquet, .jsonl, .json, .csv, .tsv, .arrow or .txt file"
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+OTHERS = {b"PK\x03\x04": "zip", b"%PDF-": "pdf", b"BZh9": "bz2", b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf": "7z",
+          b"PAR1": "parquet", b"ARROW1": "arrow", b"\x93NUMPY": "npy"}
 # files of these names lie beside data, and are about them
 ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requirements|robots|merges)\b.*\.txt(\..*)?|"
                    r"(dataset_?(info|infos|dict)|state|config|metadata|package|package-lock|manifest.*|progress.*|"
@@ -42,9 +45,8 @@ ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requir
 
 def kind_of(name: str) -> str | None:
     """Return the kind of a data file by its name: its suffix, without .gz or .zst. None if it is not read."""
-    last = name.rpartition("/")[2]
-    match = re.fullmatch(r"[^.].*\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)", last.lower())
-    return (match[1] or match[2]) if match and not ABOUT.fullmatch(last) else None
+    match = re.search(r"\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)$", name.lower())
+    return (match[1] or match[2]) if match else None
 
 
 def read_rows(name: str, column: str, skip: bool):
@@ -59,7 +61,7 @@ def read_rows(name: str, column: str, skip: bool):
     if kind == "arrow":
         return read_arrow(name, column)
     if kind == "txt":
-        return read_document(name)
+        return read_document(name, column)
     return read_table(name, column) if kind in ("csv", "tsv") else read_json(name, column)
 
 
@@ -117,6 +119,10 @@ def check_encoding(head: bytes, name: str) -> None:
     """Raise UserError if a file that begins with these bytes is no text in UTF-8, or in a code like it."""
     zeros, marks = [head[i::4].count(0) for i in range(4)], {
         b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+    suffix = next((suffix for mark, suffix in OTHERS.items() if head.startswith(mark)), None)
+    if suffix:
+        right = Path(name).with_suffix(f".{suffix}").name
+        raise Unreadable(f"it is no text but a .{suffix} file: rename it to {right}")
     code = next((code for mark, code in marks.items() if head.startswith(mark)), None)
     if code is None and sum(zeros) * 4 <= len(head):
         return
@@ -159,9 +165,21 @@ def in_batches(items):
     raise error
 
 
-def read_document(name: str):
-    """Yield the text of a .txt file as one row, with the ends of lines as Python reads them; none if it is empty."""
+def read_document(name: str, column: str):
+    """Yield the text of a .txt file as one row, with the ends of lines as Python reads them; none if it is empty.
+
+    A file that is binary, or markup, or JSON lines with such a column, is a bad row.
+    """
     def text_of(data: bytes) -> bytes | None:
+        if b"\0" in data:
+            raise UserError(f"it holds NUL bytes, so it is no text: tr -d '\\000' < {shlex.quote(name)} removes them")
+        if markup := re.match(rb"\s*(?i:<(!doctype )?(html)|<\?(xml)|\{\\(rtf))", data[:200]):
+            kind = next(filter(None, markup.groups()[1:])).decode().lower()
+            way = way_to_convert(str(Path(name).with_suffix(f".{kind}")))
+            raise UserError(f"it seems to be {kind.upper()}, not plain text: rename it to .{kind}, then {way}")
+        with contextlib.suppress(ValueError, RecursionError):
+            if data.startswith(b"{") and column in json.loads(data.partition(b"\n")[0]):
+                raise UserError("it seems to be JSON lines, not plain text: rename it to .jsonl")
         return decode(data, name).replace("\r\n", "\n").replace("\r", "\n").encode() or None
 
     with open_text(name) as file:
@@ -291,8 +309,10 @@ def items_of_list(file):
 
 
 def batches(items, column: str):
-    """Yield the texts of numbered JSON values, in batches."""
+    """Yield the texts of numbered JSON values, in batches. A value that is a string is a text itself."""
     def text_of(item) -> bytes | None:
+        if isinstance(item[1], str):
+            return as_utf8(item[1])
         return text_in(item[1], column, f"item {item[0]}")
 
     for batch in in_batches(items):

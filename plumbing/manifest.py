@@ -68,8 +68,8 @@ class Manifest:
     """A record of a folder of shards: the settings, and the name, documents, tokens, bytes and sha256 of every shard.
 
     The file is progress.json while shards are missing, and manifest.json once all are there. If several machines write
-    to one folder, `node` is part of these names. If a recorded shard is missing, its record and all later ones are
-    dropped when the manifest is opened.
+    to one folder, `node` is part of these names. If a recorded shard is missing when the manifest is opened, it and all
+    later ones are to be written again; those that are there are `stale` until then.
     """
 
     def __init__(self, folder, node: str = ""):
@@ -80,7 +80,9 @@ class Manifest:
         recorded = values.get("shards", [])
         self.shards = list(itertools.takewhile(self.is_whole, recorded))
         self.missing = [shard["name"] for shard in recorded[len(self.shards):]]
-        self.values = {key: values[key] for key in values if key != "shards"} if self.is_begun(values) else {}
+        self.stale = list(filter(self.is_whole, [*recorded[len(self.shards):], *values.get("stale", [])]))
+        settings = {key: value for key, value in values.items() if key not in ("shards", "stale")}
+        self.values = settings if self.is_begun(values) else {}
         self.complete = bool(self.values) and path == self.finished and not self.missing
 
     def is_whole(self, shard: dict) -> bool:
@@ -90,7 +92,7 @@ class Manifest:
 
     def is_begun(self, record: dict) -> bool:
         """Return whether a folder has any whole shard of a record: otherwise it was a failed try, and binds nobody."""
-        return any(map(self.is_whole, record.get("shards", []))) or (
+        return any(map(self.is_whole, [*record.get("shards", []), *record.get("stale", [])])) or (
             bool(record.get("download")) and any(self.folder.glob("*.bin")))
 
     def others(self) -> list[dict]:
@@ -116,20 +118,29 @@ class Manifest:
         self._write()
         self.finished.unlink(missing_ok=True)
 
+    def drop_last(self) -> None:
+        """Have the last shard written again."""
+        self.stale.append(self.shards.pop())
+
     def add(self, shard: dict) -> None:
         """Add the record of a finished shard."""
         self.shards.append(shard)
+        self.stale = [each for each in self.stale if each["name"] != shard["name"]]
         self._write()
 
     def finish(self, **more) -> None:
         """Mark the folder as finished, and record the totals and what is given."""
         self.values |= {"documents": self.total("documents"), "tokens": self.total("tokens"), **more}
+        for shard in self.stale:  # the source gives fewer than it did
+            (self.folder / shard["name"]).unlink(missing_ok=True)
+        self.stale = []
         self._write()
         replace(self.progress, self.finished)
 
     def drop_if_empty(self) -> None:
-        """Delete progress.json if there is no shard, after an error."""
-        if not self.is_begun(self.values | {"shards": self.shards}):
+        """Delete progress.json if there is no shard, not even one that a kill left unrecorded, after an error."""
+        is_begun = self.is_begun(self.values | {"shards": self.shards, "stale": self.stale})
+        if not is_begun and not any(self.folder.glob("*.npy")):
             self.progress.unlink(missing_ok=True)
 
     def total(self, key: str) -> int:
@@ -139,7 +150,8 @@ class Manifest:
     def _write(self) -> None:
         """Write progress.json."""
         with atomic_write(self.progress) as file:
-            file.write(json.dumps(self.values | {"shards": self.shards}, indent=1).encode())
+            stale = {"stale": self.stale} if self.stale else {}
+            file.write(json.dumps(self.values | {"shards": self.shards} | stale, indent=1).encode())
 
 
 def read_record(path: Path) -> dict:
@@ -148,7 +160,7 @@ def read_record(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         kinds = [(values["node_rank"], int), (values["num_nodes"], int), (values["shards"], list)]
-        for shard in values["shards"]:
+        for shard in [*values["shards"], *values.get("stale", [])]:
             kinds += [(shard["name"], str), (shard["sha256"], str)]
             kinds += [(number, int) for number in (shard["documents"], shard["tokens"], shard["bytes"])]
             kinds += [(number, int) for number in (*shard.get("next", (0, 0, 0)), 0)[:4]]

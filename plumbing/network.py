@@ -30,7 +30,8 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     Raises UserError, with the remedy, after more failures than `retries`, and at once if another attempt cannot
     succeed: for a status code 4xx other than 408 and 429, and if the hub is in offline mode.
     """
-    status = max((getattr(getattr(each, "response", None), "status_code", 0) for each in chain(error)), default=0)
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain(error)]
+    status = next(filter(None, statuses), 500)
     hopeless = type(error).__name__ == "OfflineModeIsEnabled" or (400 <= status < 500 and status not in (408, 429))
     if failures > retries or hopeless:
         raise UserError(f"cannot {what}: {explain(error)}; {advise(error)}{remedy}") from error
@@ -41,10 +42,10 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
 
 
 def chain(error: Exception) -> list[Exception]:
-    """Return an error and those that caused it."""
+    """Return an error and those that caused it, not those that were being handled when it came."""
     errors = [error]
-    while cause := errors[-1].__cause__ or (None if errors[-1].__suppress_context__ else errors[-1].__context__):
-        errors.append(cause)
+    while errors[-1].__cause__:
+        errors.append(errors[-1].__cause__)
     return errors
 
 

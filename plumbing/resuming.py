@@ -125,8 +125,9 @@ def check_source(config, encode, files: list[File], manifest: Manifest) -> bool:
     if manifest.shards and is_new and total < config.node_limit:
         print0(f"{config.source} has other files, or others behind them, than when {config.out} was begun: the "
                f"{len(manifest.shards)} finished {plural(len(manifest.shards), 'shard')} are of what is unchanged")
-        if manifest.shards[-1]["tokens"] < config.shard_size:  # it was the last: it is written again, with what follows
-            manifest.shards.pop()
+    if manifest.shards and position.file < len(files) and total < config.node_limit and (
+            manifest.shards[-1]["tokens"] < config.shard_size):  # it was the last, and others now follow
+        manifest.drop_last()
     return True
 
 

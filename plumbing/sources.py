@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from plumbing.cli import UserError, plural, print0
 from plumbing.conversions import BY_SUFFIX, count_suffixes, suffix_of, way_to_convert
-from plumbing.formats import READ, kind_of
+from plumbing.formats import ABOUT, READ, kind_of
 from plumbing.hub_files import SITES, Dataset, list_hub_files, parse_dataset
 from plumbing.network import patiently
 
@@ -57,7 +57,9 @@ def find_files(source: str, retries: int, remedy: str) -> tuple[list[File], str 
     else:
         everything, commit, where = list_local(os.path.expanduser(source)), None, source
     names = {file.name for file in everything}
-    files = [file for file in everything if kind_of(file.name) and not is_cache(file.name, names)]
+    is_one = len(everything) == 1 and Path(source).name == Path(everything[0].name).name  # asked for by its name
+    files = [file for file in everything if kind_of(file.name) and (is_one or not (
+        ABOUT.fullmatch(Path(file.name).name) or is_cache(file.name, names)))]
     if not files:
         raise UserError(nothing_to_read(source, where, everything))
     others = sorted(names - {file.name for file in files})
@@ -123,13 +125,13 @@ def list_local(source: str) -> list[File]:
     if root.is_file():  # comes first, because a file's name may look like a pattern
         paths, root = [root], root.parent
     elif root.is_dir():
-        paths = walk(root)
+        paths = list(walk(root))
     else:
         paths = [Path(path) for path in glob.glob(source, recursive=True)]
         root = Path(*fixed_parts(source))
     found, once = [], set()
     for path in sorted(paths):
-        if is_hidden(path, root) or path.is_dir():
+        if (len(paths) > 1 and is_hidden(path, root)) or path.is_dir():
             continue
         try:
             status = path.stat()
@@ -190,7 +192,7 @@ def nothing_to_read(source: str, where: str, everything: list[File]) -> str:
     most = max(counts, key=lambda suffix: sum(suffix_of(name) == suffix for name in names))
     what = f"{source} is" if len(names) == 1 and Path(source).name == Path(names[0]).name else (
         f"{where} has {count_suffixes(names)}, and")
-    return f"{what} not {READ}: {way_to_convert(counts[most].path)}"
+    return f"{what} not {READ}: first {way_to_convert(counts[most].path)}"
 
 
 def estimate_tokens(files: list[File]) -> int:

@@ -605,6 +605,14 @@ def test_ready_made_shards_are_fetched_and_verified(ready_made, tmp_path):
     assert manifest["revision"] == COMMIT and manifest["tokens"] == 15_000
 
 
+def test_ready_made_shards_are_fetched_by_the_address_of_their_page(ready_made, tmp_path):
+    with hub({"datasets/some/ready": ready_made}, tmp_path / "cache") as (environment, _):
+        for name in ("https://huggingface.co/datasets/some/ready", "some/ready", "hf://datasets/some/ready"):
+            result = run_fineweb(download=name, out=tmp_path / "out", environment=environment)
+            assert result.returncode == 0, result.stderr
+    prepare("--verify", out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("what", ["cut", "html", 500])
 def test_a_download_that_fails_is_not_trusted_and_goes_on(what, ready_made, shard_folder, tmp_path):
     out = tmp_path / "out"

@@ -101,6 +101,7 @@ KINDS = {
     "json in one line": lambda base: (base / "a.json").write_text(json.dumps({"data": ROWS})) and base / "a.json",
     "json lines": lambda base: (base / "a.json").write_bytes(LINES) and base / "a.json",
     "jsonl with a list": lambda base: write_json(base / "a.jsonl", ROWS),
+    "strings": lambda base: write_json(base / "a.json", TEXTS),
     "JSONL": lambda base: (base / "A.JSONL").write_bytes(b"\xef\xbb\xbf" + CRLF) and base / "A.JSONL",
     "jsonl that is gzip": lambda base: compressed(base / "a.jsonl", LINES),
     "json.gz": lambda base: compressed(base / "a.json.gz", json.dumps(ROWS).encode()),
@@ -131,6 +132,8 @@ def test_txt_is_read_as_python_reads_it(tmp_path):
     (tmp_path / "in" / "README.txt").write_text("about it")
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
     assert tokens(tmp_path / "out") == plain(["one\ntwo\nthree\n", "packed"]).tolist()
+    prepare(source=tmp_path / "in" / "README.txt", out=tmp_path / "asked for", **FAST)
+    assert tokens(tmp_path / "asked for") == plain(["about it"]).tolist()
 
 
 def test_a_folder_says_what_it_leaves_out_and_follows_links(tmp_path, capsys):
@@ -243,6 +246,12 @@ def test_a_missing_key_names_those_that_are_there(tmp_path):
     ("a.json", b'{"a": 1', "it is not JSON|is not a JSON object"),
     ("a.jsonl.gz", b'{"text": "a"}\n', "not compressed as its name says: rename it to a.jsonl"),
     ("a.arrow", b"nothing", "cannot be read"),
+    ("a.txt", b"some\0thing", "it holds NUL bytes"),
+    ("a.txt", b"%PDF-1.4 ...", "no text but a .pdf file: rename it to a.pdf"),
+    ("a.jsonl", b"PK\x03\x04....", "no text but a .zip file"),
+    ("a.txt", b"\n<!DOCTYPE html><p>", "it seems to be HTML"),
+    ("a.txt", b'<?xml version="1.0"?>', "it seems to be XML"),
+    ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', "it seems to be JSON lines"),
 ])
 def test_broken_files_name_the_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -309,6 +318,16 @@ def test_bad_rows_are_skipped_counted_and_named_also_after_a_stop(tmp_path, caps
         assert (tmp_path / "out" / "manifest.json").read_bytes() == before
         assert tokens(tmp_path / "out") == plain(good).tolist()
         assert said.count("skipped: ") <= 10 and (k or f"{source}: line 8 " in said)
+
+
+def test_bad_records_of_a_table_are_skipped_too(tmp_path, capsys):
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,"one, two"\n2,a,b\n3,"x" y\n\n4,\xe9\n5,last\n')
+    refused("line 3 has 3 fields", source=tmp_path / "a.csv", out=tmp_path / "out")
+    prepare("--skip_bad_rows", source=tmp_path / "a.csv", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(["one, two", "last"]).tolist()
+    said = capsys.readouterr()
+    assert "(3 bad rows skipped)" in said.out
+    assert all(f"a.csv: line {line} " in said.err.replace(f"line {line}:", f"line {line} ") for line in (3, 4, 6))
 
 
 def test_a_damaged_row_group_is_skipped_as_a_whole(tmp_path, capsys):
@@ -379,6 +398,33 @@ def test_a_later_file_that_is_mended_keeps_every_finished_shard(four_files, tmp_
     write_jsonl(folder / "5.jsonl", documents(9, 9))  # and more, when all is finished
     prepare(**arguments, **FAST)
     assert tokens(tmp_path / "out") == expected + plain(documents(9, 9)).tolist()
+    prepare("--verify", out=tmp_path / "out")
+
+
+def test_a_finished_folder_that_cannot_be_extended_yet_is_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(9))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
+    shard = (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes()
+    (tmp_path / "in" / "b.jsonl").write_text("broken\n")
+    for _ in range(2):
+        refused("b.jsonl: line 1", source=tmp_path / "in", out=tmp_path / "out")
+        assert (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes() == shard
+    write_jsonl(tmp_path / "in" / "b.jsonl", documents(9, 5))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(documents(9) + documents(9, 5)).tolist()
+    prepare("--verify", out=tmp_path / "out")
+
+
+def test_shards_of_before_that_are_not_written_again_go(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents(20))
+    write_jsonl(tmp_path / "in" / "b.jsonl", documents(40, 3))
+    prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
+    (tmp_path / "out" / "edufineweb_train_000001.npy").unlink()
+    write_jsonl(tmp_path / "in" / "b.jsonl", ["short"])
+    prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
+    assert tokens(tmp_path / "out") == plain([*documents(20), "short"]).tolist()
     prepare("--verify", out=tmp_path / "out")
 
 
@@ -472,6 +518,13 @@ def test_a_try_without_a_shard_binds_nobody_and_leaves_nothing(tmp_path):
                 "tokenizer": "gigatoken", "node_rank": 0, "num_nodes": 1, "files": [["hf://x", 1]], "shards": []}
     (tmp_path / "out" / "progress.json").write_text(json.dumps(settings))
     (tmp_path / "out" / ".lock0").touch()
+    np.save(tmp_path / "out" / "killed.npy", np.zeros(3, np.uint16))  # before it was recorded
+    (tmp_path / "out" / "killed.npy").rename(tmp_path / "out" / "edufineweb_val_000000.npy")
+    prepare(source=source, out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(documents(9)).tolist()
+    for path in (tmp_path / "out").glob("*.*n*"):
+        path.unlink()
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(settings))
     assert not has_shards(tmp_path / "out")
     prepare(source=source, out=tmp_path / "out", **FAST)
     assert tokens(tmp_path / "out") == plain(documents(9)).tolist() and has_shards(tmp_path / "out")
