@@ -166,3 +166,19 @@ def hub(repositories: dict[str, Path], cache: Path):
            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}, handler
     server.shutdown()
     server.server_close()
+
+
+COMMAND = """
+import runpy
+from plumbing import published
+published.MODELS["gpt2"] = ({commit!r}, {known!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def with_gpt2(model: Path, script: Path, folder: Path) -> Path:
+    """A script in `folder` that does what `script` does, where the weights in `model` count as OpenAI's gpt2."""
+    known = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    path = folder / f"with_gpt2_{script.name}"
+    path.write_text(COMMAND.format(commit=COMMIT, known=known, script=str(script)))
+    return path

@@ -1,21 +1,12 @@
 """OpenAI's weights by name: the real download, from a hub on loopback."""
 import pytest
 import torch
-from conftest import flags, run
-from hub import COMMIT, hub
+from conftest import ROOT, flags, run
+from hub import COMMIT, hub, with_gpt2
 from safetensors.torch import load_file
 from test_model import random_gpt2
 
 from plumbing import published
-from plumbing.files import sha256
-
-TRAIN = """
-import sys
-from plumbing import cli, published
-published.MODELS["gpt2"] = (published.MODELS["gpt2"][0], {known!r})  # of the test's model
-import train_gpt2
-cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
-"""
 
 
 @pytest.fixture
@@ -29,8 +20,7 @@ def gpt2_hub(tmp_path):
 
 def test_openai_s_weights_are_downloaded_and_evaluated(gpt2_hub, shard_folder, tmp_path):
     environment, handler = gpt2_hub
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN.format(known=sha256(tmp_path / "model" / "model.safetensors")))
+    script = with_gpt2(tmp_path / "model", ROOT / "train_gpt2.py", tmp_path)
     arguments = flags(data=shard_folder, init_from="gpt2", out_dir=tmp_path / "named", checkpoint_every=0, max_steps=1)
     result = run(arguments, script=script, **environment)
     assert result.returncode == 0, result.stderr

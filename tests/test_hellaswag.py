@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENCODING, ROOT, command, flags, needs, read_log, run
-from hub import hub
+from hub import hub, with_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import random_gpt2
@@ -328,7 +328,7 @@ def test_limit_and_gzip_and_the_published_number(gpt2_folder, tmp_path):
         file.write(OURS.read_bytes())
     with hub({"models/openai-community/gpt2": gpt2_folder[0]}, tmp_path / "cache") as (environment, _):
         result = run(["--model", "gpt2", "--data", tmp_path / "examples.jsonl.gz", "--limit", 7],
-                     script=ROOT / "hellaswag.py", **environment)
+                     script=with_gpt2(gpt2_folder[0], ROOT / "hellaswag.py", tmp_path), **environment)
     assert result.returncode == 0, result.stderr
     assert "7 examples in" in result.stdout and "published for all 10,042: 29.55%" in result.stdout
 

@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 from conftest import ENCODING, ROOT, TINY, flags, needs, once, read_log, run, write_shards
-from hub import hub
+from hub import hub, with_gpt2
 from test_hellaswag import OURS
 from test_model import random_gpt2
 from test_plot import FINEWEB
@@ -305,17 +305,18 @@ def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished,
     shutil.copytree(tmp_path / "model", tmp_path / "gpt2")  # a folder of that name is not OpenAI's model
     assert run(flags(data=data, out_dir=log, max_steps=0, init_from="gpt2"), cwd=tmp_path).returncode == 0
     assert report.verdict(log, lines_of(log)).startswith("No verdict")
+    script = with_gpt2(tmp_path / "model", ROOT / "train_gpt2.py", tmp_path)
     with hub({"models/openai-community/gpt2": tmp_path / "model"}, tmp_path / "cache") as (environment, _):
         for changes in ({"data": other}, {"val_tokens": 160}, {"sequence_length": 8},
                         {"init_from": tmp_path / "model"}):
             arguments = flags(**{"data": data, "out_dir": log, "max_steps": 0, "init_from": "gpt2", **changes})
-            result = run(arguments, **environment)
+            result = run(arguments, script=script, **environment)
             assert result.returncode == 0, result.stderr
             assert report.verdict(log, lines_of(log)).startswith("No verdict"), changes
         words = shlex.split(re.search("`(python .*)`", report.verdict(log, lines_of(log)))[1])[2:]
         assert words[-1] == read_log(log, "run")[0]["config"]["out_dir"]  # here it is a copy, and T is not 1,024
         given = [*words[:-1], str(log), "--sequence_length", "16", "--total_batch_size", "128", "--dtype", "float32"]
-        result = run(given, **environment)
+        result = run(given, script=script, **environment)
         assert result.returncode == 0, result.stderr
     theirs = [line["loss"] for line in lines_of(log / "eval.jsonl") if line["kind"] == "val"][-1]
     ours = read_log(log, "val")[-1]["loss"]
