@@ -12,6 +12,10 @@ vocabulary to 50,304), the files of the model's tokenizer, SHA256SUMS of all the
 from the run's log. It appears only after its files have been loaded again, with transformers if that is installed, and
 have given the same logits as the checkpoint.
 """
+if __name__ == "__main__":
+    from plumbing.cli import end_quietly
+    end_quietly()  # on Ctrl-C, while PyTorch is imported
+
 import json
 import os
 import shutil

@@ -17,6 +17,10 @@ After a kill at any moment, the same command continues after the last whole shar
 
     1. Settings    2. Texts -> ids -> shards    3. Shards and their manifest    4. Ready-made shards    5. The command
 """
+if __name__ == "__main__":
+    from plumbing.cli import end_quietly
+    end_quietly()  # on Ctrl-C, while the libraries are imported
+
 import contextlib
 import dataclasses
 import functools

@@ -8,6 +8,10 @@ Text streams to stdout as it is generated, in whole characters; timings go to st
 or at <|endoftext|>, which is not printed. A transformers folder that brings its own tokenizer is given text with that,
 and its texts end at its own token. How a token is drawn is in plumbing/sampling.py, choose_token().
 """
+if __name__ == "__main__":
+    from plumbing.cli import end_quietly
+    end_quietly()  # on Ctrl-C, while PyTorch is imported
+
 import contextlib
 import functools
 import importlib
@@ -29,7 +33,6 @@ from plumbing.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT
 
 GPT2 = Gpt2Tokenizer()
-LONGEST_PROMPT = 200_000  # characters; tiktoken's stack overflows on a million spaces
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,8 @@ def continuations(model: GPT, prompt: str, config: GenerateConfig, generator,
     """Yield (sample, text, tokens): the text to print next, and the number of tokens generated since the last yield.
 
     All samples are generated at once. The first is printed as it grows; when it ends, what there is of the second
-    follows, and so on. Raises UserError if the prompt is too long to encode.
+    follows, and so on. Raises UserError if the model has no rows for the prompt's tokens.
     """
-    if len(prompt) > LONGEST_PROMPT:
-        raise UserError(f"the prompt has {len(prompt):,} characters: shorten it to its end, as the model reads no more "
-                        f"than the last {model.config.block_size:,} tokens")
     n, current, count = config.num_samples, 0, 0
     tokens, rows = tokenizer.encode(prompt), model.config.vocab_size
     if not tokens and tokenizer.first is None:

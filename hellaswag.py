@@ -19,6 +19,10 @@ read once, into the model's key/value cache. The endings follow, and logits are 
 
 Shapes: n examples, R rows in a pass, L shared tokens, T tokens after them, C channels, V vocabulary.
 """
+if __name__ == "__main__":
+    from plumbing.cli import end_quietly
+    end_quietly()  # on Ctrl-C, while PyTorch is imported
+
 import dataclasses
 import functools
 import itertools
@@ -50,7 +54,7 @@ FILES = {  # size in bytes and SHA-256, which TensorFlow Datasets lists too
     "test": (11752147, "da082b00543e422b8d25394614d102944586986def4de5cd1bd36d86bcb76261"),
 }
 FOLDER = "hellaswag"  # for downloads
-MAX_CHARACTERS = 200_000  # per example, many times the official ones': a million spaces overflow tiktoken's stack
+MAX_CHARACTERS = 200_000  # per example, many times the official ones'
 Style = Literal["completion", "harness"]
 
 
@@ -153,10 +157,7 @@ def examples_for_training(config, model, world: World) -> list[dict]:
 # -----------------------------------------------------------------------------
 
 
-@functools.cache  # a training run scores the same texts again and again
-def encode(text: str) -> list[int]:
-    """Encode a text as GPT-2 tokens."""
-    return tokenizer.encode(text)
+encode = functools.cache(tokenizer.encode)  # a training run scores the same texts again and again
 
 
 def clean(text: str) -> str:

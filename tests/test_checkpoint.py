@@ -169,7 +169,7 @@ def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
 
 
 def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plumbing import checkpoint\n" \
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plumbing import run_folder\n" \
            f"with run_folder.lock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

@@ -195,7 +195,7 @@ def test_a_mistyped_flag_is_told_the_one_that_was_meant(given, meant):
         parse_args([given, "3"])
 
 
-@pytest.mark.parametrize("script", ["train_gpt2", "plot"])
+@pytest.mark.parametrize("script", ["train_gpt2", "fineweb", "hellaswag", "generate", "export_hf", "plot"])
 def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(script, tmp_path):
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     for name in ("numpy", "torch", "tqdm"):

@@ -30,14 +30,15 @@ def failing(monkeypatch, owner, name: str, error: BaseException, call: int) -> N
     monkeypatch.setattr(owner, name, fails)
 
 
-@pytest.mark.parametrize("owner, name, call, step, error", [
+@pytest.mark.parametrize("case", [
     (train_gpt2, "evaluate_val_loss", 2, 3, MemoryError()),
     (train_gpt2, "evaluate_val_loss", 3, 6, torch.OutOfMemoryError("CUDA out of memory")),
     (train_gpt2.DataLoaderLite, "batch", 20, 4, OSError("shard x was cut")),
     (train_gpt2.DataLoaderLite, "batch", 20, 4, SystemExit(3)),
     (train_gpt2.RunLog, "train", 5, 5, FloatingPointError("diverged")),
     (train_gpt2.RunLog, "train", 5, 5, RuntimeError("a bug"))])
-def test_an_error_costs_no_finished_step(owner, name, call, step, error, shard_folder, tmp_path, monkeypatch):
+def test_an_error_costs_no_finished_step(case, shard_folder, tmp_path, monkeypatch):
+    owner, name, call, step, error = case
     whole, out = tmp_path / "whole", tmp_path / "out"
     train(whole, shard_folder, checkpoint_every=0)
     failing(monkeypatch, owner, name, error, call)
