@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from conftest import ENCODING, ROOT, needs, python_path, run
 
 import train_gpt2
+from plumbing.tokenizer import encode
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECORDS = {"faults.md"}  # pages that are written by a command: they show no usage
@@ -63,7 +66,7 @@ NOT_RUN = {
 # Flags in the texts that belong to other programs.
 FOREIGN = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts", "model_args",
            "tasks", "logdir", "array", "cpus-per-task", "wrap", "signal", "requeue", "open-mode", "nodes", "time",
-           "ntasks-per-node", "gpus-per-node", "outfile"}
+           "ntasks-per-node", "gpus-per-node", "outfile", "rdzv_id", "block_size", "learning_rate", "start"}
 
 
 class Command(NamedTuple):
@@ -134,6 +137,33 @@ def fill(folder: Path) -> None:
     (folder / "my_texts" / "stories.jsonl").write_text("\n".join(documents), encoding="utf-8")
 
 
+def fill_others(folder: Path) -> None:
+    """Lay out what other projects leave: nanoGPT, build-nanogpt, llm.c, datasets, and a folder of texts."""
+    from datasets import Dataset
+    from test_foreign import nanogpt, write_build_nanogpt
+
+    text = (folder / "input.txt").read_text(encoding="utf-8")
+    stories, tokens = text.split("\n\n")[:60], np.array(encode(text), dtype=np.uint16)
+    folders = ["nanoGPT/data/openwebtext", "nanoGPT/data/shakespeare_char", "nanoGPT/out", "build-nanogpt/log",
+               "build-nanogpt/edu_fineweb10B", "llm.c/dev/data/fineweb10B", "my_stories"]
+    for name in folders:
+        (folder / name).mkdir(parents=True)
+    header = np.zeros(256, dtype=np.int32)
+    for split, part in (("val", tokens[:2000]), ("train", tokens[2000:])):
+        part.tofile(folder / "nanoGPT/data/openwebtext" / f"{split}.bin")
+        np.save(folder / "build-nanogpt/edu_fineweb10B" / f"edufineweb_{split}_000000.npy", part)
+        header[:3] = 20240520, 1, len(part)
+        (folder / "llm.c/dev/data/fineweb10B" / f"fineweb_{split}_000000.bin").write_bytes(
+            header.tobytes() + part.tobytes())
+    (folder / "nanoGPT/data/shakespeare_char/input.txt").write_text(text[:30_000], encoding="utf-8")
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(16, 50304, n_layer=2, n_head=2, n_embd=8))
+    torch.save(nanogpt(model.state_dict()), folder / "nanoGPT/out/ckpt.pt")
+    write_build_nanogpt(folder / "build-nanogpt/log/model_19072.pt", dict(model.state_dict()))
+    Dataset.from_dict({"text": stories}).save_to_disk(folder / "my_dataset")
+    for i, story in enumerate(stories):
+        (folder / "my_stories" / f"{i}.txt").write_text(story, encoding="utf-8")
+
+
 def execute(command: Command, folder: Path) -> subprocess.CompletedProcess:
     """Run a command in `folder` to its end."""
     first, pipe, second = command.text.rpartition(" | ")
@@ -146,10 +176,11 @@ def execute(command: Command, folder: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.dist
-@needs(*ENCODING, "datasets", "gigatoken", "matplotlib", "safetensors", "tensorboard")
+@needs(*ENCODING, "datasets", "gigatoken", "matplotlib", "safetensors", "tensorboard", "transformers")
 def test_every_command_runs(tmp_path):
     """In the order of the pages, in one folder: what one command leaves, others use."""
     fill(tmp_path)
+    fill_others(tmp_path)
     failures, done = [], set()
     for command in COMMANDS:
         known = command.text, (tmp_path / "edu_fineweb10B").exists()  # without shards, training is the demo
