@@ -71,6 +71,16 @@ def test_an_error_in_hellaswag_or_a_sample_costs_no_finished_step(shard_folder, 
     assert [path.name for path in checkpoint.listing(tmp_path / "b")] == ["model_000004.pt"]
 
 
+def test_a_signal_of_the_hardware_does_not_end_without_a_word(shard_folder, tmp_path):
+    script = tmp_path / "bus.py"
+    script.write_text("import os, signal, sys\nimport train_gpt2\n"
+                      "train_gpt2.get_lr = lambda *arguments: os.kill(os.getpid(), signal.SIGBUS)\n"
+                      "train_gpt2.main(train_gpt2.parse_args(sys.argv[1:]))\n")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=script)
+    assert result.returncode != 0
+    assert "Fatal Python error: Bus error" in result.stderr and "train_gpt2.py" in result.stderr
+
+
 ONE_RANK_FAILS = """
 import sys
 import train_gpt2
