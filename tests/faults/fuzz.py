@@ -8,6 +8,7 @@ import os
 import random
 import string
 import tempfile
+import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,7 +21,7 @@ from plumbing import transformers_format
 import hellaswag
 from plumbing import cli
 from plumbing.manifest import read_record
-from plumbing import texts as text_files
+from plumbing.texts import read_texts
 import train_gpt2
 from train_gpt2 import TrainConfig
 
@@ -165,7 +166,8 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"\n".join(lines))
             fuzz.call("HellaSwag file", lambda: list(hellaswag.iterate_examples(path=path)))
-            fuzz.call("fineweb source", lambda: list(text_files.read_jsonl(str(path), "text")))
+            fuzz.call("JSON lines", lambda: list(
+                read_texts([str(path)], "text", (0, 0), False, (0, ""), threading.Event())))
 
         folder = fuzz.out / "model"
         good = write_model(folder)
