@@ -18,6 +18,7 @@ import numpy as np
 from conftest import ROOT, TINY, make_loader, run, write_shards
 from faults.common import Row
 from faults.fuzz_data import fuzz_data, npy
+from faults.fuzz_models import fuzz_models
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from plumbing import transformers_format
@@ -194,8 +195,17 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
 
         for each in (command_lines, shard_headers, texts, json_lines, configurations):
             each()
-        fuzz_data(fuzz, test)
     return said("bad input in process, by hypothesis", fuzz)
+
+
+def fuzz_what_people_bring(cases: int, number: int = 1) -> Row:
+    """So many of each: token files, texts, sources of fineweb.py, models of others; compared with plain references."""
+    with tempfile.TemporaryDirectory() as home:
+        fuzz = Fuzz(Path(home))
+        test = functools.partial(property_test, cases, number)
+        fuzz_data(fuzz, test)
+        fuzz_models(fuzz, test)
+    return said("what people bring, by hypothesis, compared with tiktoken, transformers and plain loops", fuzz)
 
 
 def changed(good: dict):
@@ -250,7 +260,7 @@ def fuzz_command(fuzz: Fuzz, which: int, bad: Path, out: Path, chance: random.Ra
                                                                  ("export_hf.py", [str(bad), str(out)])]))
 
 
-def fuzz(in_process: int = 100, by_command: int = 6) -> list[Row]:
+def fuzz(in_process: int = 100, by_command: int = 6, brought: int = 5) -> list[Row]:
     """All of it."""
-    return [fuzz_in_process(in_process), fuzz_by_command(by_command)]
+    return [fuzz_in_process(in_process), fuzz_what_people_bring(brought), fuzz_by_command(by_command)]
 
