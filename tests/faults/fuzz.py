@@ -139,7 +139,6 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
     """Random command lines, shards, texts, JSON lines and configurations, through each reader in this process."""
     with tempfile.TemporaryDirectory() as home:
         fuzz = Fuzz(Path(home))
-
         test = functools.partial(property_test, cases // 5, number)
 
         @test(flags=st.lists(st.tuples(NAMES.map("--{}".format), WORDS), max_size=3))
@@ -178,8 +177,8 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"\n".join(lines))
             fuzz.call("HellaSwag file", lambda: list(hellaswag.iterate_examples(path=path)))
-            fuzz.call("JSON lines", lambda: list(
-                read_texts([str(path)], "text", (0, 0), False, (0, ""), threading.Event())))
+            stop = threading.Event()
+            fuzz.call("JSON lines", lambda: list(read_texts([str(path)], "text", (0, 0), False, (0, ""), stop)))
 
         folder = fuzz.out / "model"
         good = write_model(folder)
