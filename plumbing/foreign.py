@@ -176,8 +176,11 @@ def explain_file(path, content=None) -> str:
     if zipfile.is_zipfile(path) and content is not None:
         return explain_content(content, path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # its list of files is damaged
+            return ""
         if any(name.endswith("/constants.pkl") for name in names):
             return f"a TorchScript program: in the program that made it, {SAVE_AS_NANOGPT}"
         if not any(name.endswith("data.pkl") for name in names):

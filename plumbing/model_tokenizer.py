@@ -197,6 +197,7 @@ def read_tokenizer(folder: Path) -> tuple[dict | None, dict]:
     kind = settings.get("tokenizer_class", config.get("tokenizer_class"))
     if (folder / "tokenizer.json").exists():
         description = read_json(folder / "tokenizer.json")
+        settings.pop("add_bos_token", None)  # transformers goes by the template in tokenizer.json then
         pre_tokenizer = description.get("pre_tokenizer") or {}
         if pre_tokenizer.get("type") == "ByteLevel" and "add_prefix_space" in settings:
             pre_tokenizer["add_prefix_space"] = settings["add_prefix_space"]  # as transformers does

@@ -29,6 +29,8 @@ OTHER_ENCODINGS = {
     "GPT-NeoX's": (253, 13, 15), "RoBERTa's or OPT's": (5, 6, 4), "BERT's": (1996, 1010, 1012),
     "Llama 2's": (278, 29892, 29889), "Mistral's": (272, 28725, 28723), "T5's": (8, 6, 5),
 }
+# The third byte of files whose first two may be a token, such as 640, " time", which are those of a pickle
+THIRD = {".gz": b"\x08", ".pkl": b"\x95}](c"}
 SMALL, WINDOW = 2**20, 1024  # tokens: a shard that is sampled as a whole, and a window of a larger one's sample
 PRINTABLE = bytes({*range(32, 127), *b"\t\n\r"})
 # tokens of single bytes that text does not have: C0 and C1 in UTF-8, F5 to FF, and control characters
@@ -208,11 +210,21 @@ def find_bin(path: Path) -> tuple[int, int]:
     if path.name.lower() not in ("train.bin", "val.bin"):
         raise ValueError(f"it does not start with the magic number 20240520{seems(head)} (nanoGPT's files, which have "
                          "no header, must be named train.bin and val.bin)")
-    if (kind := kind_by_bytes(head)) or (len(head) > 64 and not head.translate(None, PRINTABLE)):
+    kind = kind_by_bytes(head)
+    if kind in THIRD and not (head[2:3] in THIRD[kind] and ends_as(kind, path)):
+        kind = ""  # its two bytes are a token
+    if kind or (len(head) > 64 and not head.translate(None, PRINTABLE)):
         raise ValueError(f"it seems to be a file of another kind, {kind or 'plain text'}")
     if size % 2:
         raise ValueError(f"its size of {size:,} bytes is odd, while tokens in uint16 have two bytes each")
     return 0, size // 2
+
+
+def ends_as(kind: str, path: Path) -> bool:
+    """Return whether the last byte of a file is one of a file of this kind."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return kind != ".pkl" or file.read() == b"."
 
 
 def seems(head: bytes) -> str:

@@ -384,3 +384,12 @@ def test_optimizers_of_another_number_or_kind_are_refused(optimizers):
     with pytest.raises(CheckpointError, match="the state of the optimizers"):
         checkpoint.restore({"path": "x.pt", "optimizers": optimizers, "scaler": {}}, [steps(model, torch.optim.AdamW)],
                            torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
+
+
+def test_a_file_whose_list_of_contents_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("café/data.pkl", b"")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+        models.find(path)

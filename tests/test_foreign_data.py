@@ -1,6 +1,7 @@
 """Data that are not GPT-2 tokens, and texts that are not plain UTF-8: refused by name, with what to type."""
 import gzip
 import json
+import pickle
 import shlex
 import subprocess
 
@@ -160,6 +161,21 @@ def test_other_files_under_a_shard_s_name(name, content, says, tmp_path):
     (tmp_path / name).write_bytes(content)
     said = refusal(tmp_path)
     assert says in said and name in said
+
+
+@pytest.mark.parametrize("first", [640, 896, 1152, 1408, 35615])
+def test_a_headerless_shard_may_begin_with_a_token_that_other_files_begin_with(first, tmp_path):
+    """640 is " time", and in bytes what pickles begin with."""
+    tokens = np.array([first, 673, *range(200, 298)], np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    assert open_shard(tmp_path / "train.bin")[:].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_named_as_a_headerless_shard_is_refused(protocol, tmp_path):
+    (tmp_path / "train.bin").write_bytes(pickle.dumps({"text": [TEXT]}, protocol))
+    with pytest.raises(DataError, match=r"of another kind, \.pkl"):
+        open_shard(tmp_path / "train.bin")
 
 
 @pytest.mark.parametrize("name, splits", [

@@ -244,6 +244,15 @@ def test_what_stands_beside_gpt2_s_vocabulary_counts(spoil, tmp_path):
         assert ours.encode(text) == theirs(text)["input_ids"], text
 
 
+@pytest.mark.parametrize("which", ["spanish", "chat"])
+def test_a_template_of_tokenizer_json_counts_and_add_bos_token_beside_it_does_not(which, request):
+    folder, *_ = request.getfixturevalue(which)
+    change(folder, "tokenizer_config.json", add_bos_token=True)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert tokenizer_of(folder).encode(text) == loaded(text)["input_ids"], text
+
+
 def test_a_template_in_front_is_kept_and_what_would_end_the_text_is_not(tmp_path):
     tokenizer = train_bpe()
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

@@ -6,21 +6,26 @@ import io
 import json
 import os
 import random
+import re
+import shutil
 import string
 import tempfile
+import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 from conftest import ROOT, TINY, make_loader, run, write_shards
 from faults.common import Row
+from faults.fuzz_data import fuzz_data, npy
+from faults.fuzz_models import fuzz_models
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from plumbing import transformers_format
 import hellaswag
 from plumbing import cli
 from plumbing.manifest import read_record
-from plumbing import texts as text_files
+from plumbing.texts import read_texts
 import train_gpt2
 from train_gpt2 import TrainConfig
 
@@ -35,6 +40,7 @@ JSON = st.recursive(
     max_leaves=8)
 COSTLY = {"max_steps", "total_batch_size", "val_tokens", "n_layer", "n_embd", "n_head", "sequence_length", "compile",
           "device", "logger", "hellaswag_every", "hellaswag_data", "hellaswag_limit", "sample_every", "out_dir"}
+BESIDE = re.compile(r"^(warning|note): |\[\d\d:\d\d[<,]")  # what may stand on stderr: these, and progress bars
 
 
 class Fuzz:
@@ -52,23 +58,30 @@ class Fuzz:
         return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in self.home.rglob("*")
                 if not path.is_relative_to(self.out)}
 
-    def call(self, kind: str, main, *arguments) -> None:
-        """Run something as a command, in this process: success, or one line and exit code 2."""
-        before, here = self.listing(), os.getcwd()
+    def fresh(self, name: str) -> Path:
+        """An empty folder of this name in the output folder."""
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        (self.out / name).mkdir(parents=True)
+        return self.out / name
+
+    def call(self, kind: str, main, *arguments):
+        """Run something as a command, in this process: what it returns, or None after one line and exit code 2."""
+        before, here, result = self.listing(), os.getcwd(), None
         stdout, stderr, code = io.StringIO(), io.StringIO(), 0
         os.chdir(self.home)
         try:
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                cli.run_command(main, *arguments)
+                result = cli.run_command(main, *arguments)
         except SystemExit as error:
             code = error.code or 0
         finally:
             os.chdir(here)
-        lines = stderr.getvalue().strip().splitlines()
+        lines = [line for line in stderr.getvalue().strip().splitlines() if line and not BESIDE.search(line)]
         assert code in (0, 2), f"{kind} {arguments}: exit code {code}: {lines}"
         assert code == 0 or (len(lines) == 1 and lines[0].startswith("error: ")), f"{kind} {arguments}: {lines}"
         assert self.listing() == before, f"{kind} {arguments}: wrote outside its folder"
         self.outcomes[kind, code] += 1
+        return result
 
     def by_command(self, kind: str, script: str, arguments: list[str]) -> None:
         """The same in a process of its own."""
@@ -126,7 +139,6 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
     """Random command lines, shards, texts, JSON lines and configurations, through each reader in this process."""
     with tempfile.TemporaryDirectory() as home:
         fuzz = Fuzz(Path(home))
-
         test = functools.partial(property_test, cases // 5, number)
 
         @test(flags=st.lists(st.tuples(NAMES.map("--{}".format), WORDS), max_size=3))
@@ -165,7 +177,8 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"\n".join(lines))
             fuzz.call("HellaSwag file", lambda: list(hellaswag.iterate_examples(path=path)))
-            fuzz.call("fineweb source", lambda: list(text_files.read_jsonl(str(path), "text")))
+            stop = threading.Event()
+            fuzz.call("JSON lines", lambda: list(read_texts([str(path)], "text", (0, 0), False, (0, ""), stop)))
 
         folder = fuzz.out / "model"
         good = write_model(folder)
@@ -184,16 +197,19 @@ def fuzz_in_process(cases: int, number: int = 1) -> Row:
     return said("bad input in process, by hypothesis", fuzz)
 
 
+def fuzz_what_people_bring(cases: int, number: int = 1) -> Row:
+    """So many of each: token files, texts, sources of fineweb.py, models of others; compared with plain references."""
+    with tempfile.TemporaryDirectory() as home:
+        fuzz = Fuzz(Path(home))
+        test = functools.partial(property_test, cases, number)
+        fuzz_data(fuzz, test)
+        fuzz_models(fuzz, test)
+    return said("what people bring, by hypothesis, compared with tiktoken, transformers and plain loops", fuzz)
+
+
 def changed(good: dict):
     """Any JSON, or what is good with up to two of its values changed, as a strategy."""
     return st.one_of(JSON, st.dictionaries(st.sampled_from(sorted(good)), JSON, max_size=2).map(lambda new: good | new))
-
-
-def npy(tokens) -> bytes:
-    """A .npy file of them."""
-    file = io.BytesIO()
-    np.save(file, tokens)
-    return file.getvalue()
 
 
 def said(name: str, fuzz: Fuzz) -> Row:
@@ -243,7 +259,7 @@ def fuzz_command(fuzz: Fuzz, which: int, bad: Path, out: Path, chance: random.Ra
                                                                  ("export_hf.py", [str(bad), str(out)])]))
 
 
-def fuzz(in_process: int = 100, by_command: int = 6) -> list[Row]:
+def fuzz(in_process: int = 100, by_command: int = 6, brought: int = 5) -> list[Row]:
     """All of it."""
-    return [fuzz_in_process(in_process), fuzz_by_command(by_command)]
+    return [fuzz_in_process(in_process), fuzz_what_people_bring(brought), fuzz_by_command(by_command)]
 

@@ -59,7 +59,7 @@ PARTS = {
     "disk": ("Disk", {"full": lambda: disk()}, lambda: disk(full=True)),
     "corrupt": ("Corruption", {"bits": lambda: corrupt(40, 12)}, lambda: corrupt()),
     "numbers": ("Inf and nan", {"few": lambda: not_finite()}, lambda: not_finite(full=True)),
-    "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6)}, lambda: fuzz(2000, 50)),
+    "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6, 5)}, lambda: fuzz(2000, 50, 250)),
     "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
     "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
     "soak": ("Soak", {"450_steps": lambda: soak(450, settled=150, share=0.1)},
