@@ -19,6 +19,8 @@ MAGIC = {  # first bytes, and the suffix of the files that begin with them
     b"\x89HDF": ".h5", b"\xd0\xcf\x11\xe0": ".doc", b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"\x7fELF": ".so",
     b"\x80\x02": ".pkl", b"\x80\x03": ".pkl", b"\x80\x04": ".pkl", b"\x80\x05": ".pkl", b"\x20\x05\x35\x01": ".bin",
 }
+LFS = b"version https://git-lfs.github.com/spec/"  # how Git's stand-in for a large file begins
+NOT_FETCHED = "it is not there yet, only Git LFS's note of it: fetch it with git lfs pull"
 PACKED = (".gz", ".tgz", ".tar", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar", ".lz4")
 LONG = 2**20  # bytes of a head that is not the whole file
 TABLES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".feather")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from plumbing.cli import UserError
 from plumbing.conversions import way_to_convert
-from plumbing.file_kinds import kind_by_bytes, kind_of
+from plumbing.file_kinds import LFS, NOT_FETCHED, kind_by_bytes, kind_of
 
 
 class Unreadable(UserError):
@@ -38,8 +38,6 @@ MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 OTHERS = {b"PK\x03\x04": "zip", b"%PDF-": "pdf", b"BZh9": "bz2", b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf": "7z",
           b"PAR1": "parquet", b"ARROW1": "arrow", b"\x93NUMPY": "npy"}
 STRUCTURED = {".json": "JSON", ".jsonl": "JSON lines", ".csv": "a CSV table", ".tsv": "a table of tab-separated values"}
-NOT_FETCHED = "it is not there yet, only Git LFS's note of it: fetch it with git lfs pull"
-LFS = b"version https://git-lfs.github.com/spec/"  # how Git's stand-in for a large file begins
 # files of these names lie beside data, and are about them
 ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requirements|robots|merges)\b.*\.txt(\..*)?|"
                    r"(dataset_?(info|infos|dict)|state|config|metadata|package|package-lock|manifest.*|progress.*|"
@@ -199,8 +197,8 @@ def read_table(name: str, column: str):
     with open_text(name) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as file:
         delimiter, head, blanks, begin = read_head(file, column, kind_of(name))
         if head and head.count(column) != 1:
-            raise UserError(f"its line {begin - 1}, which has to name the columns, has {head.count(column) or 'no'} "
-                            f"{column!r}: " + ("rename one" if column in head else missing_column(column, head)))
+            wrong = f"{column!r} twice: rename one" if column in head else missing_column(column, head)
+            raise UserError(f"its line {begin - 1}, which has to name the columns, has {wrong}")
         records = csv.reader(file, delimiter=delimiter, skipinitialspace=blanks, strict=True)
 
         def text_of(record) -> bytes | None:
