@@ -613,6 +613,8 @@ def test_a_folder_without_shards_does_not_block_the_demo(tmp_path, monkeypatch):
     ("https://huggingface.co/datasets/a/b/blob/main/x.jsonl#L3", ("a/b", "main", "x.jsonl")),
     ("huggingface.co/datasets/a/b/viewer", ("a/b",)), ("https://hf.co/datasets/a/b", ("a/b",)),
     ("https://huggingface.co/a/b", None), ("wikitext", None), ("hf://a/b", None), ("https://example.com/a/b", None),
+    ("a/b/tree/main/c", ("a/b", "main", "c")), ("a/b/resolve/refs%2Fpr%2F1/x.json", ("a/b", "refs/pr/1", "x.json")),
+    ("datasets/a/b/blob/main/x.parquet", ("a/b", "main", "x.parquet")), ("a/b/raw/x", ("a/b", None, "raw/x")),
     ("datasets/wikitext", None), ("/a/b", None), ("a//b", None)])
 def test_names_of_datasets(name, expected):
     dataset = parse_dataset(name)
@@ -628,6 +630,12 @@ def test_names_of_datasets(name, expected):
     ("https://example.com/a.jsonl", "curl -LO https://example.com/a.jsonl"), ("s3://bucket/a", "aws s3 cp"),
     ("https://huggingface.co/openai-community/gpt2", "its address is hf://datasets/OWNER/NAME"),
     ("hf://openai-community/gpt2", "its address is hf://datasets/OWNER/NAME"), ("hf://datasets/wikitext", "OWNER/NAME"),
+    (" a/b ", "does not exist: did you mean 'a/b'?"),
+    ("'a/b'", "does not exist: did you mean 'a/b'?"), ("a/b:train", "is named by its folder or file, a/b/PATH"),
+    ("a/b[train]", "is named by its folder or file, a/b/PATH"), ("a/b,en", "is named by its folder or file, a/b/PATH"),
+    ("a/b/data/*.parquet", "is named by its folder or file, a/b/PATH"),
+    ("hf://datasets/a/b@x/data/*.parquet", "name one file or folder of it, such as a/b@x/data"),
+    ("file:///tmp/a%20b.txt", "is on this disk: name it as '/tmp/a b.txt'"),
     ("data/*.jsonl", "no file matches"), ("data/my_texts", "there are no files in data/my_texts")])
 def test_a_mistyped_path_is_told_from_a_dataset_without_a_network(source, message, tmp_path, monkeypatch):
     (tmp_path / "data" / "my_texts").mkdir(parents=True)
