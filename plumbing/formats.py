@@ -107,7 +107,8 @@ def open_text(name: str):
             right = Path(name[:-len(suffix)] + codec).name
             raise Unreadable(f"it cannot be read, as it is not compressed as its name says: rename it to {right}")
         kind = {".gz": "gzip", ".zst": "zstd"}.get(codec)
-        file = io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 20) if kind else raw
+        # small reads cost nothing, and of a file that is cut off only the last one is lost
+        file = io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 14) if kind else raw
         check_encoding(file.peek(4096)[:4096], name)
         if file.peek(3).startswith(b"\xef\xbb\xbf"):
             file.read(3)

@@ -417,6 +417,16 @@ def test_the_rest_of_a_file_that_is_cut_off_is_skipped(tmp_path, capsys):
     assert "counted as one" in capsys.readouterr().err
 
 
+def test_of_a_file_that_is_cut_off_nearly_all_that_is_there_is_read(tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [generator.bytes(100).hex() for _ in range(1000)]
+    path = tmp_path / "a.jsonl.gz"
+    compressed(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    path.write_bytes(path.read_bytes()[:-50])
+    prepare("--skip_bad_rows", source=path, out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out").count(50256) > 900
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same source, and another
 # ---------------------------------------------------------------------------------------------------------------------
