@@ -1,5 +1,6 @@
 """What a file that is given as data really is, by its name and its first bytes, and what to type instead.
 
+    kind_of(name)                   "parquet", "jsonl", "txt" ... by the suffix of a file; None for what is not read
     kind_by_bytes(head)             the suffix that such files have, such as ".pdf"; "" if it may be text
     refuse_other_kinds(path, head)  raises DataError unless the file may be plain text
 """
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from plumbing.conversions import way_to_convert
 from plumbing.files import DataError
-from plumbing.formats import kind_of
 
 MAGIC = {  # first bytes, and the suffix of the files that begin with them
     b"%PDF-": ".pdf", b"PK\x03\x04": ".zip", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz",
@@ -19,6 +19,8 @@ MAGIC = {  # first bytes, and the suffix of the files that begin with them
     b"\x89HDF": ".h5", b"\xd0\xcf\x11\xe0": ".doc", b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"\x7fELF": ".so",
     b"\x80\x02": ".pkl", b"\x80\x03": ".pkl", b"\x80\x04": ".pkl", b"\x80\x05": ".pkl", b"\x20\x05\x35\x01": ".bin",
 }
+LFS = b"version https://git-lfs.github.com/spec/"  # how Git's stand-in for a large file begins
+NOT_FETCHED = "it is not there yet, only Git LFS's note of it: fetch it with git lfs pull"
 PACKED = (".gz", ".tgz", ".tar", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar", ".lz4")
 LONG = 2**20  # bytes of a head that is not the whole file
 TABLES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".feather")
@@ -27,6 +29,12 @@ DOCUMENTS = (".html", ".htm", ".xml", ".pdf", ".doc", ".docx", ".odt", ".rtf", "
 WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors", ".gguf")
 SHARDS = (".npy", ".bin")
 PICKLES = (".pkl", ".pickle", ".npz")
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of a data file by its name: its suffix, without .gz or .zst. None if it is not read."""
+    match = re.search(r"\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)$", name.lower())
+    return (match[1] or match[2]) if match else None
 
 
 def kind_by_bytes(head: bytes) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from plumbing.cli import explain
+from plumbing.file_kinds import LFS, kind_by_bytes
 from plumbing.files import CheckpointError, first_line
 from plumbing.transformers_format import check_weights, gpt2_keys
 
@@ -85,7 +86,8 @@ def convert(content, path) -> dict | None:
     """Convert a checkpoint of nanoGPT or build-nanogpt to what checkpoint.load() returns, without optimizers.
 
     `program` in it is the one that wrote it. Biases that nanoGPT leaves out (bias=False) are zeros. A note on stderr
-    says that its GELU is not GPT-2's. Returns None for anything else. Raises CheckpointError if it is no GPT-2.
+    says that its GELU is not GPT-2's, as it was before nanoGPT had that setting.
+    Returns None for anything else. Raises CheckpointError if it is no GPT-2.
     """
     if not isinstance(content, dict) or not is_weights(content.get("model")):
         return None
@@ -104,7 +106,7 @@ def convert(content, path) -> dict | None:
         check_weights(weights, shape["n_layer"])
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path} seems to be {program}'s, but is no GPT-2: {explain(error)}") from error
-    if program == "nanoGPT" and os.environ.get("RANK", "0") == "0":
+    if program == "nanoGPT" and "bias" in content["model_args"] and os.environ.get("RANK", "0") == "0":
         print(f"note: {path} is nanoGPT's, which computes the exact GELU; here it is GPT-2's, by the tanh formula, so "
               "that logits differ a little", file=sys.stderr, flush=True)
     return {"model": weights, "model_config": shape, "train_config": {}, "program": program, "path": str(path),
@@ -155,7 +157,12 @@ def explain_file(path, content=None) -> str:
     """
     path = Path(path)
     with open(path, "rb") as file:
-        start = file.read(16)
+        head = file.read(4096)
+    start = head[:16]
+    if not head.strip(b"\0"):
+        return "empty, as a copy or download that broke off leaves it: fetch it again"
+    if head.startswith(LFS):
+        return "Git LFS's note of a file that is not there yet: fetch it with git lfs pull"
     if start.startswith(b"GGUF"):
         return ("a GGUF file of llama.cpp: transformers reads many of them, from_pretrained(FOLDER, gguf_file=NAME), "
                 "and writes a folder to name instead, save_pretrained('NEW_FOLDER')")
@@ -185,6 +192,10 @@ def explain_file(path, content=None) -> str:
             return f"a TorchScript program: in the program that made it, {SAVE_AS_NANOGPT}"
         if not any(name.endswith("data.pkl") for name in names):
             return "an archive, but none of PyTorch's: unpack it and name what it holds"
+    if kind_by_bytes(head) == ".html":
+        return "a web page, such as a login or an error page saved in place of the model: fetch it again"
+    if not re.search(rb"[\0-\x08\x0e-\x1f]", head):
+        return f"text, not a model: for training, name it with --data {path}"
     return ""
 
 

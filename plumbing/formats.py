@@ -1,11 +1,10 @@
 """The kinds of files that fineweb.py reads: a reader for each yields one column of text, in batches.
 
-    kind_of(name)                  "parquet", "jsonl", "txt" ... by the suffix of a file; None for what is not read
     read_rows(name, column, skip)  (Arrow binary array, {index: what is wrong with it}) for every batch of rows
 
     .parquet                       one row per row
     .jsonl, .ndjson                one row per line; a list of objects is read as .json is
-    .json                          one row per object of a list, of {"data": [...]}, or per line
+    .json                          one row per object of a list, of {"data": [...]}, or per line; or by columns
     .csv, .tsv                     one row per record; the first line has the names of the columns
     .arrow                         one row per row, as datasets' save_to_disk and pyarrow write them
     .txt                           one row per file
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from plumbing.cli import UserError
 from plumbing.conversions import way_to_convert
+from plumbing.file_kinds import LFS, NOT_FETCHED, kind_by_bytes, kind_of
 
 
 class Unreadable(UserError):
@@ -37,16 +37,11 @@ READ = "a .parquet, .jsonl, .json, .csv, .tsv, .arrow or .txt file"
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 OTHERS = {b"PK\x03\x04": "zip", b"%PDF-": "pdf", b"BZh9": "bz2", b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf": "7z",
           b"PAR1": "parquet", b"ARROW1": "arrow", b"\x93NUMPY": "npy"}
+STRUCTURED = {".json": "JSON", ".jsonl": "JSON lines", ".csv": "a CSV table", ".tsv": "a table of tab-separated values"}
 # files of these names lie beside data, and are about them
 ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requirements|robots|merges)\b.*\.txt(\..*)?|"
                    r"(dataset_?(info|infos|dict)|state|config|metadata|package|package-lock|manifest.*|progress.*|"
                    r"vocab|tokenizer.*|special_tokens_map|generation_config|croissant)\.json", re.IGNORECASE)
-
-
-def kind_of(name: str) -> str | None:
-    """Return the kind of a data file by its name: its suffix, without .gz or .zst. None if it is not read."""
-    match = re.search(r"\.(?:(parquet|arrow)|(jsonl|ndjson|json|txt|csv|tsv)(?:\.(?:gz|zst))?)$", name.lower())
-    return (match[1] or match[2]) if match else None
 
 
 def read_rows(name: str, column: str, skip: bool):
@@ -56,6 +51,10 @@ def read_rows(name: str, column: str, skip: bool):
     file is treated so too, and otherwise raised. Raises UserError if the file does not have such a column.
     """
     kind = kind_of(name)
+    if kind in ("parquet", "arrow") and "://" not in name:
+        with open(name, "rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise Unreadable(NOT_FETCHED)
     if kind == "parquet":
         return read_row_groups(name, column) if skip or "." in column else read_parquet(name, column)
     if kind == "arrow":
@@ -108,7 +107,8 @@ def open_text(name: str):
             right = Path(name[:-len(suffix)] + codec).name
             raise Unreadable(f"it cannot be read, as it is not compressed as its name says: rename it to {right}")
         kind = {".gz": "gzip", ".zst": "zstd"}.get(codec)
-        file = io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 20) if kind else raw
+        # small reads cost nothing, and of a file that is cut off only the last one is lost
+        file = io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 14) if kind else raw
         check_encoding(file.peek(4096)[:4096], name)
         if file.peek(3).startswith(b"\xef\xbb\xbf"):
             file.read(3)
@@ -117,6 +117,8 @@ def open_text(name: str):
 
 def check_encoding(head: bytes, name: str) -> None:
     """Raise UserError if a file that begins with these bytes is no text in UTF-8, or in a code like it."""
+    if head.startswith(LFS):
+        raise Unreadable(NOT_FETCHED)
     zeros, marks = [head[i::4].count(0) for i in range(4)], {
         b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
     suffix = next((suffix for mark, suffix in OTHERS.items() if head.startswith(mark)), None)
@@ -168,18 +170,19 @@ def in_batches(items):
 def read_document(name: str, column: str):
     """Yield the text of a .txt file as one row, with the ends of lines as Python reads them; none if it is empty.
 
-    A file that is binary, or markup, or JSON lines with such a column, is a bad row.
+    A file that is binary, markup, JSON or a table is a bad row.
     """
     def text_of(data: bytes) -> bytes | None:
         if b"\0" in data:
             raise UserError(f"it holds NUL bytes, so it is no text: tr -d '\\000' < {shlex.quote(name)} removes them")
-        if markup := re.match(rb"\s*(?i:<(!doctype )?(html)|<\?(xml)|\{\\(rtf))", data[:200]):
-            kind = next(filter(None, markup.groups()[1:])).decode().lower()
+        markup = re.match(rb"\s*(?i:<(!doctype )?(html)|<\?(xml)|\{\\(rtf))", data[:200])
+        found = kind_by_bytes(data[:1 << 20])
+        if markup or found == ".xml":
+            kind = next(filter(None, markup.groups()[1:])).decode().lower() if markup else "xml"
             way = way_to_convert(str(Path(name).with_suffix(f".{kind}")))
             raise UserError(f"it seems to be {kind.upper()}, not plain text: rename it to .{kind}, then {way}")
-        with contextlib.suppress(ValueError, RecursionError):
-            if data.startswith(b"{") and column in json.loads(data.partition(b"\n")[0]):
-                raise UserError("it seems to be JSON lines, not plain text: rename it to .jsonl")
+        if found in STRUCTURED:
+            raise UserError(f"it seems to be {STRUCTURED[found]}, not plain text: rename it to {found}")
         return decode(data, name).replace("\r\n", "\n").replace("\r", "\n").encode() or None
 
     with open_text(name) as file:
@@ -193,40 +196,69 @@ def read_table(name: str, column: str):
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open_text(name) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as file:
-        first = file.readline()
-        delimiters = "\t" if kind_of(name) == "tsv" else ",;\t|"
-        heads = [next(csv.reader([first], delimiter=each), []) for each in delimiters]
-        delimiter, head = next(((each, head) for each, head in zip(delimiters, heads) if column in head),
-                               (delimiters[0], heads[0]))
-        if first and column not in head:
-            raise UserError(missing_column(column, head))
-        records = csv.reader(file, delimiter=delimiter, strict=True)
+        delimiter, head, blanks, begin = read_head(file, column, kind_of(name))
+        if head and head.count(column) != 1:
+            wrong = f"{column!r} twice: rename one" if column in head else missing_column(column, head)
+            raise UserError(f"its line {begin - 1}, which has to name the columns, has {wrong}")
+        records = csv.reader(file, delimiter=delimiter, skipinitialspace=blanks, strict=True)
 
         def text_of(record) -> bytes | None:
             line, values = record
             if isinstance(values, csv.Error):
-                raise UserError(f"line {line} is not CSV: {values}")
+                raise UserError(f"{line} is not CSV: {values}: {plain_quotes(name, delimiter)}")
             if values and len(values) != len(head):
-                raise UserError(f"line {line} has {len(values)} fields and the first line {len(head)}: put a text that "
+                raise UserError(f"{line} has {len(values)} fields and the first line {len(head)}: put a text that "
                                 f"holds {delimiter!r} or ends of lines in quotes")
             text = values[head.index(column)].encode("utf-8", "surrogateescape") if values else b""
             try:
                 return decode(text, name).encode() or None
             except UserError as error:
-                raise UserError(f"line {line}: {error}") from error
+                raise UserError(f"{line}: {error}") from error
 
         def numbered():
             while True:
+                first = begin + records.line_num
                 try:
                     values = next(records)
                 except StopIteration:
                     return
                 except csv.Error as error:
                     values = error
-                yield records.line_num + 1, values
+                last = begin + records.line_num - 1
+                yield f"line {first}" + (f" to {last}" if last > first else ""), values
 
         for batch in in_batches(numbered()):
             yield convert(batch, text_of)
+
+
+def plain_quotes(name: str, delimiter: str) -> str:
+    """Return what to type for a table whose quotes are not CSV's, but part of the texts or escaped with a backslash."""
+    how = "quoting=3" if delimiter == "\t" else "escapechar=chr(92)"
+    meaning = "are part of the texts" if delimiter == "\t" else "follow a backslash"
+    return (f"if its quotes {meaning}: python -c \"import pandas; pandas.read_csv({name!r}, sep={delimiter!r}, {how})"
+            ".to_parquet('texts.parquet')\"")
+
+
+def read_head(file, column: str, kind: str) -> tuple[str, list[str], bool, int]:
+    """Read the line that names the columns of a table -> (delimiter, names, are blanks around it?, next line).
+
+    Blank lines and Excel's sep=; before it are passed over. The names are [] if there is none.
+    """
+    delimiters, number, first = "\t" if kind == "tsv" else ",;\t|", 0, ""
+    while not first.strip():
+        first, number = file.readline(), number + 1
+        if not first:
+            return delimiters[0], [], False, number
+        if found := re.fullmatch(r"(?i)sep=(.)\s*", first):
+            delimiters, first = found[1], ""
+    while first.count('"') % 2 and (more := file.readline()):  # a name in quotes may hold ends of lines
+        first, number = first + more, number + 1
+    for blanks in (False, True):
+        for delimiter in delimiters:
+            names = next(csv.reader(io.StringIO(first, newline=""), delimiter=delimiter, skipinitialspace=blanks))
+            if column in names:
+                return delimiter, names, blanks, number + 1
+    return delimiters[0], next(csv.reader(io.StringIO(first, newline=""), delimiter=delimiters[0])), False, number + 1
 
 
 def missing_column(column: str, there) -> str:
@@ -253,36 +285,62 @@ def read_json(name: str, column: str):
         lines = enumerate(file, start=1)
         if kind == "json" and head.startswith(b"{"):
             number, first = next((number, line) for number, line in lines if line.strip())
-            if not is_row(first, column):
-                yield from batches(enumerate(list_in(first + file.read()), start=1), column)
+            following = next(((number, line) for number, line in lines if line.strip()), None)
+            if not (following and is_object(first)):  # one object, in one line or in several
+                whole = first + following[1] + file.read() if following else first
+                yield from batches(enumerate(list_in(whole, column), start=1), column)
                 return
-            lines = itertools.chain([(number, first)], lines)
+            lines = itertools.chain([(number, first)], [following], lines)
         for batch in in_batches(lines):
             yield convert(batch, lambda line: text_of_line(line, column))
 
 
-def is_row(line: bytes, column: str) -> bool:
-    """Return whether a line is a JSON object of its own, and not the whole of a file with a list of objects in it."""
+def is_object(line: bytes) -> bool:
+    """Return whether a line is a JSON object, or looks like a damaged one rather than like a part of one."""
     try:
-        value = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        return line.rstrip() .endswith((b"[", b",", b"{", b":")) is False
-    return not isinstance(value, dict) or column in value or not any(is_list(each) for each in value.values())
+        return not line.rstrip().endswith((b"[", b",", b"{", b":"))
+
+
+def list_in(data: bytes, column: str) -> list:
+    """Return the rows in a JSON file that is one object: those in it, or the object itself."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"it is not JSON: {error}; if it has several values one after another: "
+                         "jq -c . FILE > lines.jsonl") from error
+    rows = rows_in(value, column)
+    return [value] if rows is None else rows
+
+
+def rows_in(value: dict, column: str) -> list | None:
+    """Return the rows that a JSON object holds, or None if it is a row itself.
+
+    They are in a list of objects, in "data", under a key each, or by columns, in all forms of pandas' to_json().
+    """
+    texts, data, columns = value.get(column), value.get("data"), value.get("columns")
+    if isinstance(texts, dict) and texts and all(key.isdecimal() for key in texts):
+        return [{column: text} for text in texts.values()]  # {"text": {"0": "...", "1": ...}, "id": {"0": ...}}
+    lengths = {len(each) if isinstance(each, list) else None for each in value.values()}
+    if isinstance(texts, list) and len(lengths) == 1:
+        return [{column: text} for text in texts]  # {"text": ["...", ...], "id": [...]}
+    if column in value:
+        return None
+    if isinstance(columns, list) and isinstance(data, list) and column in columns:
+        return [dict(zip(columns, row)) for row in data]  # {"columns": ["id", "text"], "data": [[1, "..."], ...]}
+    if is_list(data) or (isinstance(data, list) and data and all(isinstance(each, str) for each in data)):
+        return data
+    if value and all(isinstance(each, dict) and column in each for each in value.values()):
+        return list(value.values())  # {"0": {"text": ...}, "1": ...}
+    lists = [each for each in value.values() if is_list(each)]
+    named = [each for each in lists if column.partition(".")[0] in each[0]]
+    return named[0] if len(named) == 1 else lists[0] if len(lists) == 1 else None
 
 
 def is_list(value) -> bool:
     """Return whether a JSON value is a list of objects."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
-
-
-def list_in(data: bytes) -> list:
-    """Return the objects in a JSON file that is one object: the list of objects in it, or the object itself."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"it is not JSON: {error}") from error
-    lists = [each for each in value.values() if is_list(each)]
-    return value["data"] if is_list(value.get("data")) else lists[0] if len(lists) == 1 else [value]
 
 
 def items_of_list(file):
@@ -329,7 +387,10 @@ def text_of_line(numbered: tuple[int, bytes], column: str) -> bytes | None:
         line = line.decode("utf-8", "replace")
         value = json.loads(line) if line.strip() else {column: None}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"line {number} is not a JSON object with a string under {column!r}: {error}") from error
+        raise UserError(f"line {number} is not a JSON object with a string under {column!r}: {error}; if objects take "
+                        "several lines, or share one: jq -c . FILE > lines.jsonl") from error
+    if isinstance(value, str):
+        return as_utf8(value)
     return text_in(value, column, f"line {number}")
 
 

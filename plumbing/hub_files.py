@@ -27,8 +27,8 @@ class Dataset(NamedTuple):
 def parse_dataset(name: str) -> Dataset | None:
     """Parse OWNER/NAME[@REVISION][/PATH], with hf://datasets/ or datasets/ before it, or the address of a web page.
 
-    The revision may hold slashes, as refs/convert/parquet and refs/pr/1 do, or %2F for others. Returns None if the name
-    has another form.
+    What follows the host in an address will do, as OWNER/NAME/tree/main/PATH. The revision may hold slashes, as
+    refs/convert/parquet and refs/pr/1 do, or %2F for others. Returns None if the name has another form.
     """
     address = urlsplit(re.sub(rf"^(?={'|'.join(map(re.escape, SITES))}/)", "https://", name))
     is_page = address.scheme in ("http", "https")
@@ -39,6 +39,8 @@ def parse_dataset(name: str) -> Dataset | None:
         name = re.sub(r"^/datasets/|/$", "", address.path)
         name = re.sub(r"(?i)/refs%2F(convert|pr)%2F", r"/refs/\1/", name)
     else:
+        if not name.startswith("hf://"):  # as it is copied from an address
+            name = re.sub(rf"^((?:datasets/)?{REPOSITORY})/(?:tree|blob|resolve)/(?=[^/])", r"\1@", name)
         name = re.sub(r"^hf://(?=datasets/)|^(?=datasets/)", "", name).removeprefix("datasets/")
         form = rf"{REPOSITORY}(@{REVISION})?(/(?P<folder>.*))?"
         name = re.sub(r"(?i)@refs%2F(convert|pr)%2F", r"@refs/\1/", name)

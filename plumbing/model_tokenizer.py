@@ -277,6 +277,15 @@ def add_tokens(description: dict, settings: dict, added: dict) -> None:
     description["added_tokens"] = sorted(entries.values(), key=lambda token: token["id"])
 
 
+def adds_nothing(processor: dict) -> bool:
+    """Return whether a post_processor of tokenizer.json leaves a text as it is, without tokens around it."""
+    if processor["type"] == "Sequence":
+        return all(map(adds_nothing, processor["processors"]))
+    is_plain_template = processor["type"] == "TemplateProcessing" and ["Sequence"] == [
+        key for part in processor["single"] for key in part]
+    return processor["type"] == "ByteLevel" or is_plain_template
+
+
 def is_gpt2(description: dict, settings: dict, rows: float = math.inf) -> bool:
     """Return whether a tokenizer gives GPT-2's own ids, whatever the form in which it has been saved.
 
@@ -286,12 +295,12 @@ def is_gpt2(description: dict, settings: dict, rows: float = math.inf) -> bool:
     merges = [list(pair) if not isinstance(pair, str) else pair.split(" ") for pair in model.get("merges") or []]
     pre_tokenizer = description.get("pre_tokenizer") or {}
     plain = {key: pre_tokenizer.get(key, value) for key, value in BYTE_LEVEL.items() if key != "trim_offsets"}
-    around = description.get("post_processor") or BYTE_LEVEL  # what is put around a text
+    plain["type"] = pre_tokenizer.get("type")
     return (
         model.get("type", "BPE") == "BPE" and not model.get("dropout") and not model.get("ignore_merges")
         and description.get("normalizer") is None and not settings.get("add_bos_token")
         and plain == {key: BYTE_LEVEL[key] for key in plain}
-        and (around["type"] == "ByteLevel" or ["Sequence"] == [key for part in around["single"] for key in part])
+        and adds_nothing(description.get("post_processor") or BYTE_LEVEL)
         and all((token["content"], token["id"]) == (END, EOT) or token["id"] >= max(rows, VOCAB_SIZE)
                 for token in description["added_tokens"])
         and model["vocab"] == json.loads(files["encoder.json"].read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@
     checked_against(...)    a context in which weights that do not fit their shape are refused
 """
 import contextlib
+import re
 from pathlib import Path
 
 from plumbing import checkpoint, foreign, published
@@ -46,8 +47,13 @@ def suggest(folder: Path) -> str:
     """Say what a folder without a model seems to be, or in which folder the model may be; empty if unknown."""
     if seems := foreign.explain_folder(folder):
         return f"; {seems}"
-    inside = [path for path in sorted(folder.iterdir()) if checkpoint.listing(path) or (path / "config.json").is_file()]
-    return f": did you mean {inside[-1]}?" if inside else ""
+    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: (
+        [int(number) for number in re.findall(r"\d+", path.name)], path.name))  # checkpoint-1000 after checkpoint-500
+    found = [path for path in inside if checkpoint.listing(path) or (path / "config.json").is_file()]
+    if found:
+        return f": did you mean {found[-1]}?"
+    seems = [f"; in {path.name}, {seems}" for path in inside if (seems := foreign.explain_folder(path))]
+    return seems[-1] if seems else ""
 
 
 def read_model(source) -> tuple[dict, dict]:

@@ -13,6 +13,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from plumbing.cli import UserError, plural, print0
 from plumbing.conversions import BY_SUFFIX, count_suffixes, suffix_of, way_to_convert
@@ -80,9 +81,14 @@ def hub_dataset(source: str) -> Dataset | None:
         return None
     if re.search(r"[*?[]", source) and "://" not in source:
         if not glob.glob(os.path.expanduser(source), recursive=True):
-            raise UserError(f"no file matches --source {source!r} in {os.getcwd()}: check the pattern and its quotes")
+            raise UserError(f"no file matches --source {source!r} in {os.getcwd()}: check the pattern and its quotes"
+                            f"{part_of_dataset(source)}")
         return None
     dataset = parse_dataset(source)
+    if dataset and re.search(r"[*?[]", dataset.folder or ""):
+        folder = "/".join(["", *fixed_parts(dataset.folder)])
+        raise UserError(f"--source {source!r} is a pattern, and on the hub there are none: name one file or folder of "
+                        f"it, such as {dataset._replace(folder=None).name}{folder}")
     if dataset and ("://" in source or not looks_local(source, dataset)):
         return dataset
     if "://" in source:
@@ -94,7 +100,20 @@ def hub_dataset(source: str) -> Dataset | None:
         message += f"; a dataset on the hub is OWNER/NAME: see https://huggingface.co/datasets?search={source}"
     elif dataset:
         message += f"; a dataset of that name on the hub is --source hf://datasets/{dataset.name}"
+    elif plain := parse_dataset(source.strip(" '\"")):
+        message += f": did you mean {plain.name!r}?"
+    else:
+        message += part_of_dataset(source)
     raise UserError(message)
+
+
+def part_of_dataset(source: str) -> str:
+    """Return how to name a part of a dataset on the hub, if a source that does not exist looks like one; else ""."""
+    if not re.match(r"[\w.-]+/[\w.-]+([:,#\[]|@|/.*[*?])", source):
+        return ""
+    name = re.match(r"[\w.-]+/[\w.-]+", source)[0]
+    return (f"; of a dataset on the hub, a split or configuration is named by its folder or file, {name}/PATH: see "
+            f"https://huggingface.co/datasets/{name}/tree/main")
 
 
 def looks_local(source: str, dataset: Dataset) -> bool:
@@ -109,6 +128,8 @@ def looks_local(source: str, dataset: Dataset) -> bool:
 def fetch_command(address: str) -> str:
     """Return what is said of an address that is not that of a dataset on the hub."""
     scheme, _, rest = address.partition("://")
+    if scheme.lower() == "file":
+        return f"on this disk: name it as {shlex.quote(unquote(urlsplit(address).path))}"
     if scheme == "hf" or rest.startswith(SITES):
         return ("no dataset on the hub: its address is hf://datasets/OWNER/NAME[@REVISION][/PATH] or "
                 "https://huggingface.co/datasets/OWNER/NAME[/tree/REVISION/PATH]")

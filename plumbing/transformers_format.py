@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from plumbing import published
+from plumbing.file_kinds import LFS, NOT_FETCHED
 from plumbing.files import CheckpointError, check_inside, first_line, sha256
 
 SETTINGS = {  # of GPT-2's config.json: with another value it is another model
@@ -39,8 +40,6 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
     huggingface_hub downloads. Raises CheckpointError if it cannot be had, or if anything in it says that it is not a
     GPT-2 as train_gpt2.GPT computes it.
     """
-    from safetensors import SafetensorError
-
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = download_openai(str(name_or_folder))
@@ -61,8 +60,7 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
             raise ValueError("lm_head.weight is another matrix than wte.weight, in GPT-2 they are one")
         weights["lm_head.weight"] = wte
         check_weights(weights, shape["n_layer"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-            SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # the others are not ours
         raise CheckpointError(
             f"{folder} holds no GPT-2 in transformers' layout: {kind}{first_line(error)}") from error
@@ -136,12 +134,9 @@ def check_weights(weights: dict, n_layer: int) -> None:
 
 def read_safetensors(folder: Path) -> dict:
     """Read all tensors of a folder's model.safetensors, or those that its index lists, each from its part."""
-    from safetensors.torch import load_file
-
     name = "model.safetensors"
     if (folder / name).exists() or os.path.lexists(folder / name):
-        check_inside(folder / name)
-        return load_file(folder / name)
+        return read_part(folder / name)
     index = folder / f"{name}.index.json"
     check_inside(index)
     if not index.exists():
@@ -155,13 +150,27 @@ def read_safetensors(folder: Path) -> dict:
         raise ValueError(f"its index names {outside[0]!r}, a file in another folder")
     weights = {}
     for name in names:
-        check_inside(folder / name)
-        part = load_file(folder / name)
+        part = read_part(folder / name)
         own = {key for key, place in listed.items() if place == name}
         if part.keys() != own:
             raise ValueError(f"{name} and {index.name} disagree on {sorted(part.keys() ^ own)[0]}")
         weights |= part
     return weights
+
+
+def read_part(path: Path) -> dict:
+    """Read one file of tensors. Raises ValueError if it is not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_inside(path)
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path.name}: {NOT_FETCHED}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is not whole: {first_line(error)}: fetch or copy it again") from error
 
 
 def check_sums(folder: Path) -> None:

@@ -177,6 +177,10 @@ def test_a_note_says_that_nanogpt_computes_another_gelu(tmp_path, capsys):
     GPT.load(tmp_path / "ckpt.pt")
     streams = capsys.readouterr()
     assert "computes the exact GELU" in streams.err and streams.out == ""
+    early = nanogpt(weights)
+    del early["model_args"]["bias"]  # of early 2023, when its GELU was GPT-2's
+    torch.save(early, tmp_path / "ckpt.pt")
+    GPT.load(tmp_path / "ckpt.pt")
     GPT.load(write_build_nanogpt(tmp_path / "model_19072.pt", weights))
     assert capsys.readouterr().err == ""
 
@@ -250,7 +254,9 @@ def test_folders_of_other_programs_name_the_file_to_type(names, message, tmp_pat
     (["model.safetensors"], "config.json is missing"),
     (["train.bin", "val.bin"], "holds neither a whole checkpoint nor a transformers model$"),
     (["llama.gguf"], "there is llama.gguf: name that file"),
-    (["checkpoint-500/config.json", "checkpoint-1000/config.json"], "did you mean .*checkpoint-500"),
+    (["checkpoint-500/config.json", "checkpoint-1000/config.json"], "did you mean .*checkpoint-1000"),
+    (["run1/hparams.json", "run1/model-1000.index"], "in run1, it seems to be a TensorFlow checkpoint"),
+    (["step_10/mp_rank_00_model_states.pt"], "in step_10, there is mp_rank_00_model_states.pt: name that file"),
     (["config.json", "pytorch_model.bin"], "pytorch_model.bin, which can run code"),
     (["config.json", "tf_model.h5"], "there is tf_model.h5 but no model.safetensors"),
     (["config.json", "model.fp16.safetensors"], "there is model.fp16.safetensors but no model.safetensors"),
@@ -274,6 +280,8 @@ class Whole(torch.nn.Linear):
     """A module that is saved whole."""
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
 OTHERS = {  # name, what makes the file, and what the message must say
     "llm.c": ("model.bin", struct.pack("<256i", 20240326, 3, *[0] * 254), "llm.c"),
     "gguf": ("model.gguf", b"GGUF" + bytes(100), "GGUF"),
@@ -294,6 +302,11 @@ OTHERS = {  # name, what makes the file, and what the message must say
                "PyTorch before 1.6"),
     "torchscript": ("script.pt", lambda path: write_zip(path, "a/constants.pkl"), "TorchScript"),
     "zip": ("model.zip", lambda path: write_zip(path, "a/model.bin"), "unpack it"),
+    "empty": ("model.pt", b"", "seems to be empty.* fetch it again"),
+    "zeros": ("model.pt", bytes(5000), "seems to be empty.* fetch it again"),
+    "note of Git LFS": ("model.pt", LFS, "git lfs pull"),
+    "page": ("model.pt", b"<!DOCTYPE html><html><body>Log in</body></html>", "a web page"),
+    "text": ("model.pt", b"First Citizen:\nBefore we proceed\n", "text, not a model"),
     "args": ("training_args.bin", lambda path: torch.save(Whole(1, 1), path), "whole object"),
 }
 
@@ -307,6 +320,18 @@ def test_files_of_other_programs_say_what_they_seem_to_be(kind, tmp_path):
             load(tmp_path / name)
         text = str(error.value)
         assert name in text and "\n" not in text and "\x1b" not in text and "weights_only" not in text
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda data: LFS, "model.safetensors: it is not there yet.* git lfs pull"),
+    (lambda data: data[:-10], "model.safetensors is not whole: .* fetch or copy it again"),
+    (lambda data: b"", "model.safetensors is not whole: .* fetch or copy it again")])
+def test_tensors_that_are_not_whole_are_named_with_what_to_do(spoil, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    make_theirs()[0].save_pretrained(tmp_path)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message):
+        GPT.load(tmp_path)
 
 
 def test_a_damaged_file_is_not_taken_for_another_s(tmp_path):

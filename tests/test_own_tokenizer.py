@@ -264,6 +264,30 @@ def test_a_template_in_front_is_kept_and_what_would_end_the_text_is_not(tmp_path
     assert len(plain) > 5 and tokenizer_of(tmp_path / "es").encode("el perro come en la casa") == [1, *plain]
 
 
+@pytest.mark.parametrize("processor, expected", [
+    (tokenizers.processors.RobertaProcessing(("<|endoftext|>", 0), ("<|user|>", 1)), [1]),
+    (tokenizers.processors.BertProcessing(("<|endoftext|>", 0), ("<|user|>", 1)), [1]),
+    (tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(), tokenizers.processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 1)])]), [1]),
+    (tokenizers.processors.Sequence([tokenizers.processors.ByteLevel()]), []),
+])
+def test_what_stands_around_a_text_may_be_said_in_any_way(processor, expected, tmp_path):
+    tokenizer = train_bpe()
+    tokenizer.backend_tokenizer.post_processor = processor
+    random_gpt2(tmp_path / "es", **SMALL, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "es")
+    plain = tokenizer("el perro", add_special_tokens=False)["input_ids"]
+    assert tokenizer_of(tmp_path / "es").encode("el perro") == [*expected, *plain]
+
+
+def test_gpt2_s_vocabulary_without_its_way_to_split_words_is_another_tokenizer(tmp_path):
+    tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
+    random_gpt2(tmp_path / "model", **SMALL)
+    tokenizer.save_pretrained(tmp_path / "model")
+    change(tmp_path / "model", "tokenizer.json", pre_tokenizer=None)
+    assert not tokenizer_of(tmp_path / "model").has_gpt2_tokens
+
+
 def test_an_ordinary_word_ends_no_text_though_the_configuration_names_it(tmp_path):
     tokenizer = train_bpe()
     random_gpt2(tmp_path / "es", **SMALL, vocab_size=len(tokenizer), eos_token_id=300)

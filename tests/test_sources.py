@@ -22,6 +22,7 @@ from plumbing.shards import has_shards
 pytestmark = needs(*ENCODING, "datasets", "gigatoken", "awkward")
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 FAST = dict(tokenizer="tiktoken")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def tokens(folder) -> list[int]:
@@ -236,7 +237,7 @@ def test_a_missing_key_names_those_that_are_there(tmp_path):
     out = tmp_path / "out"
     refused("line 1 has no key 'text': choose a --text_column of Text, id", source=tmp_path / "a.jsonl", out=out)
     (tmp_path / "a.csv").write_text("Text;id\na;1\n")
-    refused("no column 'text': choose a --text_column of", source=tmp_path / "a.csv", out=out)
+    refused("has no column 'text': choose a --text_column of", source=tmp_path / "a.csv", out=out)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -252,11 +253,63 @@ def test_a_missing_key_names_those_that_are_there(tmp_path):
     ("a.txt", b"\n<!DOCTYPE html><p>", "it seems to be HTML"),
     ("a.txt", b'<?xml version="1.0"?>', "it seems to be XML"),
     ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', "it seems to be JSON lines"),
+    ("a.txt", b'{"content": "a"}\n{"content": "b"}\n', "it seems to be JSON lines"),
+    ("a.txt", b'[{"text": "a"}]', "it seems to be JSON, not plain text: rename it to .json"),
+    ("a.txt", b"id,text\n1,hello\n", "it seems to be a CSV table, not plain text: rename it to .csv"),
+    ("a.txt", b"<mediawiki><page>a</page></mediawiki>", "it seems to be XML"),
+    ("a.txt", LFS, "git lfs pull"), ("a.jsonl", LFS, "git lfs pull"), ("a.csv", LFS, "git lfs pull"),
+    ("a.parquet", LFS, "git lfs pull"), ("a.arrow", LFS, "git lfs pull"),
+    ("a.csv", b"text,text\n1,hello\n", "has 'text' twice: rename one"),
+    ("a.csv", b"0,Hello\n1,you\n", "line 1, which has to name the columns, has no column 'text'"),
+    ("a.csv", b'id,text\n1,"hello\n2,b\n3,c\n', "line 2 to 4 is not CSV"),
+    ("a.csv", b'id,text\n1,"a \\"b\\" c"\n', r"if its quotes follow a backslash: .*escapechar=chr\(92\)"),
+    ("a.tsv", b'id\ttext\n1\t"Hi" he said\n', "if its quotes are part of the texts: .*quoting=3"),
+    ("a.jsonl", b'{\n "text": "a"\n}\n', "line 1 .* jq -c ."), ("a.json", b'{\n "text": "a"\n}\n{}', "jq -c ."),
 ])
 def test_broken_files_name_the_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     refused(message, source=tmp_path / name, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("head", [b"id,text\n", b"\n\nid,text\n", b"sep=,\r\nid,text\r\n", b'"id\nnumber",text\n',
+                                  b"id, text\n", b"\xef\xbb\xbfsep=,\nid,text\n"])
+def test_the_line_that_names_the_columns_is_found(head, tmp_path):
+    blank = b" " if b", text" in head else b""
+    (tmp_path / "a.csv").write_bytes(head + b'1,%b"one, two"\n2,%bthree\n' % (blank, blank))
+    prepare(source=tmp_path / "a.csv", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(["one, two", "three"]).tolist()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("form", ["records", "columns", "index", "split", "table", "lists", "server", "strings",
+                                  "lines"])
+def test_json_in_every_form_in_which_tables_are_written(form, indent, tmp_path):
+    """All forms of pandas' to_json() that name columns; Dataset.to_dict(); what the hub's viewer sends."""
+    texts = ["one", "2021-01-01", "drei é 🙂"]
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    frame = pytest.importorskip("pandas").DataFrame(rows)
+    made = {"lists": {"id": [0, 1, 2], "text": texts}, "strings": {"data": texts},
+            "server": {"features": [{"name": "text"}], "rows": [{"row_idx": row["id"], "row": row} for row in rows]}}
+    value = made[form] if form in made else None if form == "lines" else json.loads(frame.to_json(orient=form))
+    lines = "\n".join(map(json.dumps, texts))
+    (tmp_path / "a.json").write_text(lines if form == "lines" else json.dumps(value, indent=indent))
+    column = "row.text" if form == "server" else "text"
+    if form == "lines":
+        (tmp_path / "a.json").rename(tmp_path / "a.jsonl")
+    prepare(source=tmp_path, out=tmp_path / "out", text_column=column, **FAST)
+    assert tokens(tmp_path / "out") == plain(texts).tolist()
+
+
+def test_one_json_object_is_one_row_and_a_list_in_a_line_is_no_table(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "one", "tags": ["a", "b"], "parts": [{"x": "y"}]}')
+    prepare(source=tmp_path / "a.json", out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out") == plain(["one"]).tolist()
+    for value in ({"text": ["a", "b"], "id": 1}, {"text": {"body": "a"}}):
+        (tmp_path / "a.json").write_text(json.dumps(value))
+        refused("under 'text'", source=tmp_path / "a.json", out=tmp_path / "two")
+        (tmp_path / "a.json").write_text(json.dumps(value) + "\n" + json.dumps(value))
+        refused("line 1 has a", source=tmp_path / "a.json", out=tmp_path / "two")
 
 
 def test_a_parquet_file_without_rows_and_empty_files_are_no_obstacle(tmp_path):
@@ -362,6 +415,16 @@ def test_the_rest_of_a_file_that_is_cut_off_is_skipped(tmp_path, capsys):
     assert manifest(tmp_path / "out")["skipped_rows"] == 2
     assert found[-2:] == plain(["last"]).tolist() and found[:-2] == plain(texts).tolist()[:len(found) - 2]
     assert "counted as one" in capsys.readouterr().err
+
+
+def test_of_a_file_that_is_cut_off_nearly_all_that_is_there_is_read(tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [generator.bytes(100).hex() for _ in range(1000)]
+    path = tmp_path / "a.jsonl.gz"
+    compressed(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    path.write_bytes(path.read_bytes()[:-50])
+    prepare("--skip_bad_rows", source=path, out=tmp_path / "out", **FAST)
+    assert tokens(tmp_path / "out").count(50256) > 900
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,6 +623,8 @@ def test_a_folder_without_shards_does_not_block_the_demo(tmp_path, monkeypatch):
     ("https://huggingface.co/datasets/a/b/blob/main/x.jsonl#L3", ("a/b", "main", "x.jsonl")),
     ("huggingface.co/datasets/a/b/viewer", ("a/b",)), ("https://hf.co/datasets/a/b", ("a/b",)),
     ("https://huggingface.co/a/b", None), ("wikitext", None), ("hf://a/b", None), ("https://example.com/a/b", None),
+    ("a/b/tree/main/c", ("a/b", "main", "c")), ("a/b/resolve/refs%2Fpr%2F1/x.json", ("a/b", "refs/pr/1", "x.json")),
+    ("datasets/a/b/blob/main/x.parquet", ("a/b", "main", "x.parquet")), ("a/b/raw/x", ("a/b", None, "raw/x")),
     ("datasets/wikitext", None), ("/a/b", None), ("a//b", None)])
 def test_names_of_datasets(name, expected):
     dataset = parse_dataset(name)
@@ -575,6 +640,12 @@ def test_names_of_datasets(name, expected):
     ("https://example.com/a.jsonl", "curl -LO https://example.com/a.jsonl"), ("s3://bucket/a", "aws s3 cp"),
     ("https://huggingface.co/openai-community/gpt2", "its address is hf://datasets/OWNER/NAME"),
     ("hf://openai-community/gpt2", "its address is hf://datasets/OWNER/NAME"), ("hf://datasets/wikitext", "OWNER/NAME"),
+    (" a/b ", "does not exist: did you mean 'a/b'?"),
+    ("'a/b'", "does not exist: did you mean 'a/b'?"), ("a/b:train", "is named by its folder or file, a/b/PATH"),
+    ("a/b[train]", "is named by its folder or file, a/b/PATH"), ("a/b,en", "is named by its folder or file, a/b/PATH"),
+    ("a/b/data/*.parquet", "is named by its folder or file, a/b/PATH"),
+    ("hf://datasets/a/b@x/data/*.parquet", "name one file or folder of it, such as a/b@x/data"),
+    ("file:///tmp/a%20b.txt", "is on this disk: name it as '/tmp/a b.txt'"),
     ("data/*.jsonl", "no file matches"), ("data/my_texts", "there are no files in data/my_texts")])
 def test_a_mistyped_path_is_told_from_a_dataset_without_a_network(source, message, tmp_path, monkeypatch):
     (tmp_path / "data" / "my_texts").mkdir(parents=True)

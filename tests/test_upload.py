@@ -39,7 +39,8 @@ def test_the_exported_folder_is_uploaded(loopback, tmp_path):
     ("other/small", {}, None, "you may not write to other/small: name one of your own"),
     ("me/small", {"HF_HUB_OFFLINE": "1"}, None, "unset HF_HUB_OFFLINE"),
     ("me/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, None, "check the network"),
-    ("me/small", {}, "/commit/", "the hub answered 418"),
+    ("me/small", {}, "/commit/", "the hub answered 418, which refuses it"),
+    ("me/small", {}, "/put/", "the hub answered 418, which refuses it"),
 ])
 def test_an_upload_that_fails_is_one_line_and_the_folder_stays(name, changes, trouble, message, loopback, tmp_path):
     environment, handler = loopback
@@ -52,7 +53,14 @@ def test_an_upload_that_fails_is_one_line_and_the_folder_stays(name, changes, tr
     assert "model.safetensors" in contents(tmp_path / "out") and "README.md" in contents(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["small", "me/", "/small", "me/small/more", "https://hub/me/small", "me/a b"])
+def test_the_command_that_uploads_later_can_be_typed(loopback, tmp_path):
+    environment = {**loopback[0], "HF_TOKEN": ""}
+    result = run(["model", "my out", "--push_to_hub", "me/small"], cwd=tmp_path, script=SCRIPT, **environment)
+    assert "`hf upload me/small 'my out' .`" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["small", "me/", "/small", "me/small/more", "https://hub/me/small", "me/a b", "me/-x",
+                                  "me/x.", "me/x.git", "me/a--b", "me/é", "me/" + "a" * 97])
 def test_a_name_of_another_form_is_refused_before_anything_is_exported(name, tmp_path):
     random_gpt2(tmp_path / "model", n_layer=1, n_head=2, n_embd=16, n_positions=32)
     result = run(["model", "out", "--push_to_hub", name], cwd=tmp_path, script=SCRIPT)
