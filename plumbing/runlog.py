@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import machine, reference, run_folder, shards
+from plumbing import checkpoint, machine, reference, run_folder, shards
 from plumbing.cli import UserError, clock, explain, plural, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
@@ -230,7 +230,7 @@ class RunLog:
     def _drop_after(self, step: int, evaluated: int) -> None:
         """Keep the lines up to `step`, of evaluations up to `evaluated`; a line torn by a crash goes too."""
         if step < 0:
-            for name in ("log.jsonl", "report.md", "loss.png"):
+            for name in ("log.jsonl", "report.md", "loss.png", checkpoint.BEST):
                 if (self.path.with_name(name)).is_file():
                     set_aside(self.path.with_name(name), "has no checkpoint to continue from")
         kept = []

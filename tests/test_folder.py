@@ -112,13 +112,14 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch):
 def test_files_of_others_are_set_aside_and_not_overwritten(data, tmp_path, capsys):
     out = tmp_path / "mine"
     out.mkdir()
-    texts = {"report.md": b"my thesis", "loss.png": b"my picture", "log.jsonl": b'{"my": "log"}\n'}
+    texts = {"report.md": b"my thesis", "loss.png": b"my picture", "log.jsonl": b'{"my": "log"}\n',
+             "best.pt": b"my model"}
     for name, text in texts.items():
         (out / name).write_bytes(text)
-    train(out, data)
+    train(out, data, keep_best=True)
     for name, text in texts.items():
         assert (out / f"{name}.old").read_bytes() == text and (out / name).read_bytes() != text
-    assert capsys.readouterr().out.count("kept as") == 3
+    assert capsys.readouterr().out.count("kept as") == 4
     (out / "report.md").write_text((out / "report.md").read_text().replace("Not measured", "Measured, and I mean it"))
     (out / "loss.png").write_bytes(b"another picture")
     train(out, data)  # already finished: it writes both anew
