@@ -271,7 +271,7 @@ class DataLoaderLite:
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
-        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size)
+        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size, config.val_tokens + 1)
         self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can be in two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:

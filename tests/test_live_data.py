@@ -178,6 +178,28 @@ def test_other_data_with_as_many_windows_are_noticed(what, tmp_path):
         shards.check_same({"data": before, "train_config": {}}, *loaders)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_other_token_among_those_that_a_validation_reads_is_noticed(split, tmp_path):
+    folder = write_shards(tmp_path / "data", train=(3_000_000,), val=3_000_000)
+
+    def loaders(**changes):
+        return [make_loader(folder, split, 4, 16, **changes) for split in ("train", "val")]
+
+    before = shards.fingerprint(*loaders())
+    rewrite(next(folder.glob(f"*{split}*")), 123_456, 123_457)  # between the sampled windows
+    with pytest.raises(DataError, match="have other tokens than when the run began"):
+        shards.check_same({"data": before, "train_config": {}}, *loaders())
+    shards.check_same({"data": before, "train_config": {}}, *loaders(val_tokens=320))  # of a branch: not comparable
+
+
+def test_one_other_token_of_a_text_is_noticed(tmp_path):
+    text = tmp_path / "x.txt"
+    text.write_text("One two three four.\n" * 300_000)
+    before = fingerprint(text)
+    text.write_text("One two three four.\n" * 80_000 + "One two three five.\n" + "One two three four.\n" * 219_999)
+    assert before["n_windows"] == fingerprint(text)["n_windows"] and before != fingerprint(text)
+
+
 def test_the_same_data_elsewhere_under_other_names_are_the_same(tmp_path):
     folder = write_shards(tmp_path / "data", train=(2_000_000, 900))
     before = fingerprint(folder)
