@@ -97,7 +97,7 @@ def identity(path) -> tuple[int, int] | None:
     """Return what tells a file or folder from any other that may get its name; None if there is none."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 
@@ -146,9 +146,10 @@ class Lock:
         if found == self.identities:
             return ""
         is_ours, fate = found[1] == self.identities[1], self.fate()
-        if found[0] or (found[1] and not is_ours and os.listdir(self.folder)):
-            raise UserError(f"{self.folder} is not this run's folder any more: {fate}, and there is another one of "
-                            "that name, which is left as it is")
+        if found[0] or (found[1] and not is_ours and not (self.folder.is_dir() and not os.listdir(self.folder))):
+            raise UserError(f"{self.folder} is not this run's folder any more: {fate}, and what has that name now is "
+                            "left as it is: the same command continues from the newest checkpoint in it, or, once it "
+                            "has been moved away, begins anew")
         self.release()
         try:
             self.acquire()

@@ -148,8 +148,8 @@ def write(config, world, log, state: dict, prune_older: bool, required: bool = F
     Without `prune_older` a run that diverges keeps its good ones.
     """
     def action() -> None:
-        log.keep_folder()
         try:
+            log.keep_folder()
             log.sync()
             checkpoint.save(config.out_dir, state["step"], state, name)
             if prune_older and not name:
