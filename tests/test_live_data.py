@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import flags, make_loader, read_log, run, write_shards
 
 import train_gpt2
@@ -113,6 +114,17 @@ def test_too_many_open_files_name_the_limit(shard_folder, monkeypatch):
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(DataError, match="Too many open files: raise the limit with ulimit -n"):
         open_shard(shard_folder / "edufineweb_train_000001.npy")
+
+
+def test_a_shard_larger_than_the_memory_is_mapped(tmp_path, monkeypatch):
+    """As nanoGPT's train.bin of 17 GB on a laptop: the system refuses PyTorch's mapping, which could be written to."""
+    def refuse(*arguments, **named):
+        raise RuntimeError("unable to mmap 17000000000 bytes from file: Cannot allocate memory (12)")
+
+    path = next(write_shards(tmp_path / "data", train=(900,)).glob("*train*"))
+    whole = open_shard(path)[0:900]
+    monkeypatch.setattr(torch, "from_file", refuse)
+    assert np.array_equal(open_shard(path)[100:200], whole[100:200])
 
 
 def test_a_shard_is_sliced_as_an_array_is(tmp_path):
