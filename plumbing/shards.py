@@ -37,7 +37,10 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
     if data.is_file():
         from plumbing.text_file import open_text  # with what it needs to tokenize
 
-        return [(f"{data} ({split})", open_text(data, split, out_dir, world))]
+        tokens, name = open_text(data, split, out_dir, world), f"{data} ({split})"
+        if isinstance(tokens, Shard):
+            name = f"{tokens.path} (made again from {data} if it is deleted)"
+        return [(name, tokens)]
     if data.exists() and not data.is_dir():
         raise DataError(f"{str(data)!r} is neither a folder nor a file that can be read again: save its text as a file")
     if not data.is_dir():

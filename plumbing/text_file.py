@@ -50,11 +50,11 @@ def tokenize(path: Path, out_dir: Path, world) -> Path:
     """Write the tokens of a text to out_dir, unless they are there; return the path of that file."""
     before = state_of(path)
     cache = out_dir / f"tokens-{check_text(path)[:16]}.npy"
-    if cache.exists():
+    if is_whole(cache):
         return cache
     remedy = "choose an --out_dir with space for 2 bytes per token, or make shards with fineweb.py"
     with lock(out_dir, f"another process is tokenizing {path} into", remedy, f".{cache.name}.lock", LOCK_SECONDS):
-        if cache.exists():  # the other process has finished
+        if is_whole(cache):  # the other process has finished
             return cache
         size, count = before[0], 0
         try:
@@ -78,6 +78,17 @@ def tokenize(path: Path, out_dir: Path, world) -> Path:
             raise DataError(f"cannot write the tokens of {path} to {cache}: {error.strerror or error}: "
                             f"{remedy}") from error
     return cache
+
+
+def is_whole(cache: Path) -> bool:
+    """Return whether the tokens of a text are in a file, as a shard; say so if it is damaged."""
+    try:
+        if cache.exists():
+            open_shard(cache)
+            return True
+    except DataError as error:
+        print0(f"warning: {error}: the text is tokenized again")
+    return False
 
 
 def state_of(path: Path) -> tuple[int, int, int]:

@@ -82,6 +82,19 @@ def test_a_text_that_changes_while_it_is_tokenized_leaves_no_tokens(large, tmp_p
     assert not list((tmp_path / "out").glob("tokens*"))
 
 
+def test_damaged_tokens_of_a_text_are_made_again_or_named(large, tmp_path, capsys):
+    text_file.open_text(large, "train", tmp_path / "out", World(0, 1))
+    (cache,) = (tmp_path / "out").glob("tokens*")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-1000])
+    text_file.open_text(large, "train", tmp_path / "out", World(0, 1))
+    assert cache.read_bytes() == whole
+    assert f"{cache} cannot be used" in capsys.readouterr().out
+    cache.write_bytes(whole[:len(whole) // 3] + bytes(len(whole) - len(whole) // 3))
+    with pytest.raises(DataError, match=f"{cache} \\(made again from {large} if it is deleted\\) does not hold"):
+        make_loader(str(large), "train", 4, 16, out_dir=str(tmp_path / "out"))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.sampled_from(["", " ", "One word", f"in {MARK} text", MARK, f" {MARK}\t", "\u6f22\u5b57"]),
                       max_size=9), end=st.sampled_from(["", "\n"]), block=st.integers(20, 60))
