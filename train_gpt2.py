@@ -406,8 +406,7 @@ class Run:
         self.val_loader = DataLoaderLite(config, "val", world, vocab_size)
         self.optimizers = configure_optimizers(self.raw_model, config, world.device)
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
-        self.step = 0  # steps done
-        self.evaluated = -1  # the last step whose evaluations are in the log
+        self.step, self.evaluated = 0, -1  # steps done, and the last whose evaluations are in the log
         self.val_loss, self.best_val_loss = math.nan, math.inf
         self.finite, self.is_whole = True, True  # is_whole: not in the middle of an update
         if state:
@@ -435,8 +434,9 @@ class Run:
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
             if config.keep_best and self.val_loss < self.best_val_loss:
-                self.best_val_loss = self.val_loss
-                self.save(name=checkpoint.BEST)
+                before, self.best_val_loss = self.best_val_loss, self.val_loss
+                if not self.save(name=checkpoint.BEST):  # on rank 0: the others write none
+                    self.best_val_loss = before
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
             self.log.hellaswag(step, hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world))
         if config.sample_every and self.is_due(config.sample_every):
@@ -445,8 +445,8 @@ class Run:
         if step == config.max_steps:
             self.save(required=True)  # again, now that its evaluations are in the log
 
-    def save(self, required: bool = False, name: str = "") -> None:
-        """Write a checkpoint; unless it is `required`, a failure is a warning."""
+    def save(self, required: bool = False, name: str = "") -> bool:
+        """Write a checkpoint; unless it is `required`, a failure is a warning and returns False."""
         state = {
             "model": self.raw_model.state_dict(),  # weights
             "model_config": asdict(self.raw_model.config),  # its shape
@@ -461,7 +461,7 @@ class Run:
             "origin_sha256": self.start["origin_sha256"],  # of the weights of --init_from or --branch_from
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
+        return run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
 
     def train(self) -> float:
         """Train to the last step or the first signal; return the last validation loss."""
