@@ -387,8 +387,7 @@ def parallelize(raw_model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if config.compile:
         model = machine.compiled(model, getattr(torch, config.dtype), config.deterministic)
     if world.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 

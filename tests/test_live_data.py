@@ -2,6 +2,7 @@
 import os
 import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -114,6 +115,31 @@ def test_too_many_open_files_name_the_limit(shard_folder, monkeypatch):
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(DataError, match="Too many open files: raise the limit with ulimit -n"):
         open_shard(shard_folder / "edufineweb_train_000001.npy")
+
+
+CUT_UNDER_A_READ = """
+import os, sys
+import numpy as np
+from plumbing import cli
+from plumbing.shard_file import Shard, open_shard
+from pathlib import Path
+def read():
+    shard = open_shard(Path(sys.argv[1]))
+    shard[0:9]
+    state = shard.stat()
+    Shard.stat = lambda shard: state  # as if the file were cut between the look at it and the read
+    os.truncate(sys.argv[1], 0)
+    shard[60_000:60_009]
+cli.run_command(read)
+"""
+
+
+def test_a_shard_that_is_cut_during_a_read_does_not_end_without_a_word(tmp_path):
+    path = next(write_shards(tmp_path / "data", train=(90_000,)).glob("*train*"))
+    (tmp_path / "cut.py").write_text(CUT_UNDER_A_READ)
+    result = run([path], script=tmp_path / "cut.py")
+    assert result.returncode == -signal.SIGBUS
+    assert "Bus error" in result.stderr and "shard_file.py" in result.stderr
 
 
 def test_a_shard_larger_than_the_memory_is_mapped(tmp_path, monkeypatch):
