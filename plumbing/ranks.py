@@ -18,7 +18,10 @@ from plumbing import machine
 from plumbing.cli import Stopped, UserError, print0
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
-COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what srun and mpirun tell each copy
+COPIES = (  # what srun, mpirun, jsrun and flux tell each copy
+    "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)
 
 
 @dataclass(frozen=True)
