@@ -271,7 +271,8 @@ class DataLoaderLite:
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
-        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size, config.val_tokens + 1)
+        checked = self.names, self.shards, self.vocab_size, config.val_tokens + 1
+        self.hashes = shards.check_samples(*checked)
         self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can be in two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -405,7 +406,7 @@ class Run:
         self.val_loader = DataLoaderLite(config, "val", world, vocab_size)
         self.optimizers = configure_optimizers(self.raw_model, config, world.device)
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
-        self.step, self.evaluated = 0, -1  # steps done, and the last whose evaluations are in the log
+        self.step, self.evaluated = 0, -1  # steps done, last one evaluated
         self.val_loss, self.best_val_loss = math.nan, math.inf
         self.finite, self.is_whole = True, True  # is_whole: not in the middle of an update
         if state:
@@ -433,9 +434,9 @@ class Run:
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
             if config.keep_best and self.val_loss < self.best_val_loss:
-                before, self.best_val_loss = self.best_val_loss, self.val_loss
-                if not self.save(name=checkpoint.BEST):  # on rank 0: the others write none
-                    self.best_val_loss = before
+                best, self.best_val_loss = self.best_val_loss, self.val_loss
+                if not self.save(name=checkpoint.BEST):
+                    self.best_val_loss = best
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
             self.log.hellaswag(step, hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world))
         if config.sample_every and self.is_due(config.sample_every):
@@ -445,7 +446,7 @@ class Run:
             self.save(required=True)  # again, now that its evaluations are in the log
 
     def save(self, required: bool = False, name: str = "") -> bool:
-        """Write a checkpoint; unless it is `required`, a failure is a warning and returns False."""
+        """Write a checkpoint; unless it is `required`, a failure is a warning, and False."""
         state = {
             "model": self.raw_model.state_dict(),  # weights
             "model_config": asdict(self.raw_model.config),  # its shape

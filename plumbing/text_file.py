@@ -39,6 +39,8 @@ def open_text(path: Path, split: str, out_dir="", world=None) -> np.ndarray | Sh
         check_text(path)
         with open_stream(path) as file:
             tokens = np.concatenate([NOTHING, *encode_documents(file, find_marks(path, says=split == "train"))])
+        if not len(tokens):
+            raise DataError(f"{path} holds nothing but {MARK}: name a file with text")
         boundary = len(tokens) - len(tokens) // 10
         return tokens[:boundary] if split == "train" else tokens[boundary:]
     whole = open_shard(world.from_rank0(lambda: tokenize(path, Path(out_dir), world)))

@@ -55,6 +55,12 @@ def test_elsewhere_endoftext_stays_text(text, tmp_path):
     assert EOT not in tokens_of(tmp_path / "x.txt")
 
 
+def test_a_text_of_nothing_but_marks_is_said_to_be_one(tmp_path):
+    (tmp_path / "x.txt").write_text(f"{MARK}\n" * 100)
+    with pytest.raises(DataError, match=r"holds nothing but <.endoftext.>: name a file with text"):
+        text_file.open_text(tmp_path / "x.txt", "train")
+
+
 def test_marks_within_lines_are_mentioned_once(tmp_path, capsys):
     path = tmp_path / "x.txt"
     path.write_text(f"One.{MARK}Two.\n{MARK}\nThree.{MARK}\n" * 10)
