@@ -271,8 +271,8 @@ class DataLoaderLite:
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
-        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size)
-        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch can be in two epochs
+        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size, config.val_tokens + 1)
+        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # of two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return micro-batch i of this rank: x and y, (B, T) int64 each, on its device."""
@@ -387,8 +387,7 @@ def parallelize(raw_model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if config.compile:
         model = machine.compiled(model, getattr(torch, config.dtype), config.deterministic)
     if world.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 
@@ -416,8 +415,9 @@ class Run:
             self.step, self.val_loss = state["step"], state["val_loss"]
             self.best_val_loss = state["best_val_loss"] if resuming else math.inf
             self.evaluated = self.step if resuming and state["evaluated"] else self.step - 1
-        needed = self.evaluated < config.max_steps  # otherwise the run is finished
-        self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world) if needed else []
+        self.hellaswag_examples = []
+        if self.evaluated < config.max_steps:  # otherwise the run is finished
+            self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world)
         self.model = parallelize(self.raw_model, config, world)  # compiled and wrapped
         self.log = RunLog(config, self.raw_model, world, folder)
         self.log.start(self.train_loader, self.val_loader, self.start | reasons, self.evaluated)
@@ -434,9 +434,9 @@ class Run:
         if step == 0 or self.is_due(config.val_every):
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
-            if config.keep_best and self.val_loss < self.best_val_loss:
+            is_best = config.keep_best and self.val_loss < self.best_val_loss
+            if is_best and self.save(name=checkpoint.BEST):
                 self.best_val_loss = self.val_loss
-                self.save(name=checkpoint.BEST)
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
             self.log.hellaswag(step, hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world))
         if config.sample_every and self.is_due(config.sample_every):
@@ -445,8 +445,8 @@ class Run:
         if step == config.max_steps:
             self.save(required=True)  # again, now that its evaluations are in the log
 
-    def save(self, required: bool = False, name: str = "") -> None:
-        """Write a checkpoint; unless it is `required`, a failure is a warning."""
+    def save(self, required: bool = False, name: str = "") -> bool:
+        """Write a checkpoint; unless it is `required`, a failure is a warning, and False."""
         state = {
             "model": self.raw_model.state_dict(),  # weights
             "model_config": asdict(self.raw_model.config),  # its shape
@@ -458,10 +458,10 @@ class Run:
             "step": self.step,  # steps done, from which the position in the data follows
             "val_loss": self.val_loss,  # the last one
             "best_val_loss": self.best_val_loss,
-            "origin_sha256": self.start["origin_sha256"],  # of the weights of --init_from or --branch_from
+            "origin_sha256": self.start["origin_sha256"],  # of --init_from's weights
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
+        return run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
 
     def train(self) -> float:
         """Train to the last step or the first signal; return the last validation loss."""

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
 import inspect
 import os
 import re
@@ -47,6 +48,8 @@ def run_command(main, *arguments):
             signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))  # cleans up on its way
     with contextlib.suppress(AttributeError):  # a sample may hold what an ASCII terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # some programs replace stderr
+        faulthandler.enable()  # says where, if a disk fails under mapped data (SIGBUS), or a library crashes
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's last words then tell what was raised
         from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -84,8 +84,11 @@ def sha256(path: Path) -> str:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Rename a file to NAME.old, or .old1 and so on, so that another can take its name, and say so."""
-    if not os.path.lexists(path):
+    """Rename a file to NAME.old, or .old1 and so on, so that another can take its name, and say so.
+
+    A link stays: what takes its name replaces it, and leaves alone what it leads to.
+    """
+    if path.is_symlink() or not path.exists():
         return
     names = (path.with_name(f"{path.name}.old{i or ''}") for i in itertools.count())
     older = next(name for name in names if not os.path.lexists(name))
@@ -97,7 +100,7 @@ def identity(path) -> tuple[int, int] | None:
     """Return what tells a file or folder from any other that may get its name; None if there is none."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 
@@ -146,9 +149,10 @@ class Lock:
         if found == self.identities:
             return ""
         is_ours, fate = found[1] == self.identities[1], self.fate()
-        if found[0] or (found[1] and not is_ours and os.listdir(self.folder)):
-            raise UserError(f"{self.folder} is not this run's folder any more: {fate}, and there is another one of "
-                            "that name, which is left as it is")
+        if found[0] or (found[1] and not is_ours and not (self.folder.is_dir() and not os.listdir(self.folder))):
+            raise UserError(f"{self.folder} is not this run's folder any more: {fate}, and what has that name now is "
+                            "left as it is: the same command continues from the newest checkpoint in it, or, once it "
+                            "has been moved away, begins anew")
         self.release()
         try:
             self.acquire()

@@ -5,7 +5,6 @@
 """
 import contextlib
 import datetime
-import faulthandler
 import os
 import threading
 import time
@@ -19,7 +18,10 @@ from plumbing import machine
 from plumbing.cli import Stopped, UserError, print0
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
-COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what srun and mpirun tell each copy
+COPIES = (  # what srun, mpirun, jsrun and flux tell each copy
+    "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,6 @@ class World:
 @contextlib.contextmanager
 def processes(device: str = "auto", deterministic: bool = False, stop: threading.Event | None = None):
     """Join torchrun's process group, if there is one, while the context lasts; yields the World of this process."""
-    with contextlib.suppress(OSError, ValueError):  # stderr may be no file
-        faulthandler.enable()  # a disk that fails under a mapped shard ends the process: this says where
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]

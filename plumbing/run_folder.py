@@ -9,6 +9,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def to_continue(config, world, free_to_change: set[str], free_to_branch: set[str
     if path:
         state = checkpoint.load(path, verify=False)  # checkpoint.newest() has verified it
         check_same_experiment(config, state, free_to_change, path)
+        if config.keep_best:  # a loss whose checkpoint was lost keeps no other from being kept
+            kept = world.from_rank0(lambda: best_val_loss(config.out_dir))
+            state["best_val_loss"] = max(kept, state["best_val_loss"])
         return state, True
     if config.branch_from:
         if Path(config.branch_from).is_dir():  # its newest may be another one tomorrow
@@ -39,6 +43,16 @@ def to_continue(config, world, free_to_change: set[str], free_to_branch: set[str
                 f"more than the {state['step']} steps of {config.branch_from}")
         return state, False
     return None, False
+
+
+def best_val_loss(folder) -> float:
+    """Return the validation loss of best.pt in a run's folder; infinity if there is none that is whole."""
+    path = Path(folder) / checkpoint.BEST
+    try:
+        return checkpoint.load(path)["val_loss"] if path.exists() else math.inf
+    except OSError as error:
+        print0(f"warning: {error}; the next validation writes another")
+        return math.inf
 
 
 def to_evaluate(config, world) -> dict | None:
@@ -140,14 +154,14 @@ def check_settings(config, state: dict, path) -> None:
         raise CheckpointError(f"{path} has been changed: it is of step {state['step']} of {known.max_steps}")
 
 
-def write(config, world, log, state: dict, prune_older: bool, required: bool = False, name: str = "") -> None:
+def write(config, world, log, state: dict, prune_older: bool, required: bool = False, name: str = "") -> bool:
     """Have rank 0 write a checkpoint into out_dir, after syncing the log, and delete older ones if `prune_older`.
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
     rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
-    Without `prune_older` a run that diverges keeps its good ones.
+    Without `prune_older` a run that diverges keeps its good ones. Returns False on rank 0 if it was not written.
     """
-    def action() -> None:
+    def action() -> bool:
         try:
             log.keep_folder()
             log.sync()
@@ -158,11 +172,12 @@ def write(config, world, log, state: dict, prune_older: bool, required: bool = F
             print0(f"warning: {error}; the checkpoints before it stay")
             if required:
                 raise
+            return False
+        return True
 
     if required:
-        world.from_rank0(action)
-    elif world.rank == 0:
-        action()
+        return world.from_rank0(action)
+    return action() if world.rank == 0 else True
 
 
 def lock(folder):

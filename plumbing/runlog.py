@@ -1,4 +1,5 @@
 """What a person sees of a run: the summary, one line per step, log.jsonl, other loggers, loss.png, report.md."""
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import machine, reference, run_folder, shards
+from plumbing import checkpoint, machine, reference, run_folder, shards
 from plumbing.cli import UserError, clock, explain, plural, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
@@ -208,7 +209,7 @@ class RunLog:
         if self.folder is None:
             return
         if fate := self.folder.renew():
-            print0(f"warning: {self.config.out_dir}: {fate}; training goes on in a new one")
+            print0(f"warning: {self.config.out_dir}: {fate}, and is made again; training goes on")
         status = os.fstat(self.file.fileno())
         if identity(self.path) == (status.st_dev, status.st_ino):
             return
@@ -230,7 +231,7 @@ class RunLog:
     def _drop_after(self, step: int, evaluated: int) -> None:
         """Keep the lines up to `step`, of evaluations up to `evaluated`; a line torn by a crash goes too."""
         if step < 0:
-            for name in ("log.jsonl", "report.md", "loss.png"):
+            for name in ("log.jsonl", "report.md", "loss.png", checkpoint.BEST):
                 if (self.path.with_name(name)).is_file():
                     set_aside(self.path.with_name(name), "has no checkpoint to continue from")
         kept = []
@@ -324,7 +325,8 @@ class RunLog:
         seconds = time.perf_counter() - self.drawn
         draws = self.trains and step < self.config.max_steps  # the last picture is drawn at the end
         if self.world.rank == 0 and draws and seconds >= PICTURE_SECONDS:
-            self.keep_folder()
+            with contextlib.suppress(OSError):  # then the picture cannot be drawn either, which is said
+                self.keep_folder()
             self._try("loss.png", self._draw)
             self.drawn = time.perf_counter()
 

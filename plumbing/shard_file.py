@@ -59,7 +59,7 @@ class Shard:
         return self.tokens[window].copy()
 
     def map(self) -> np.ndarray:
-        """Map the tokens by PyTorch, which closes the file; numpy would keep it open."""
+        """Map the tokens by PyTorch, which closes the file; or by numpy, which keeps it open, if it is too large."""
         import torch  # takes seconds to load, which fineweb.py does without
 
         skipped = self.offset // 2
@@ -70,6 +70,8 @@ class Shard:
                 os.fspath(self.path), shared=False, size=skipped + self.count, dtype=torch.uint16)
         except RuntimeError as error:
             self.read([(0, self.count and 1)])  # says what is wrong
+            with contextlib.suppress(OSError, ValueError):  # PyTorch's counts as memory, of which there may be less
+                return np.memmap(self.path, np.uint16, "r", self.offset, (self.count,))
             raise DataError(f"shard {self.path} cannot be mapped: {first_line(error)}") from error
         return mapped.numpy()[skipped:]
 

@@ -37,7 +37,10 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
     if data.is_file():
         from plumbing.text_file import open_text  # with what it needs to tokenize
 
-        return [(f"{data} ({split})", open_text(data, split, out_dir, world))]
+        tokens, name = open_text(data, split, out_dir, world), f"{data} ({split})"
+        if isinstance(tokens, Shard):
+            name = f"{tokens.path} (made again from {data} if it is deleted)"
+        return [(name, tokens)]
     if data.exists() and not data.is_dir():
         raise DataError(f"{str(data)!r} is neither a folder nor a file that can be read again: save its text as a file")
     if not data.is_dir():
@@ -99,11 +102,12 @@ def require_windows(n_windows: int, config, split: str) -> None:
                         "+ 1 tokens: use more data or a smaller --sequence_length")
 
 
-def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size: int) -> dict[str, str]:
+def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size: int, whole: int = 0) -> dict:
     """Check a sample of the tokens of each shard, as reading all would take minutes; or all, if it is a small one.
 
-    Returns hashes of the number of tokens and the sample, by which a resumed run recognizes its data: sha256 is of
-    begin, middle and end of each shard, windows_sha256 of windows spread over it.
+    Returns hashes by which a resumed run recognizes its data: sha256 is of the number of tokens, begin, middle and end
+    of each shard, windows_sha256 of windows spread over it, and tokens_sha256 of the first `whole` tokens of the split,
+    or of all of a text that is in memory.
     """
     hashed, spread = hashlib.sha256(), hashlib.sha256()
     for name, shard in zip(names, shards):
@@ -118,7 +122,18 @@ def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size
                 check_gpt2(windows, name)
         for tokens in windows:
             check_tokens(tokens, name, vocab_size)
-    return {"sha256": hashed.hexdigest(), "windows_sha256": spread.hexdigest()}
+    whole = max([whole, *(len(shard) for shard in shards if not isinstance(shard, Shard))])
+    return {"sha256": hashed.hexdigest(), "windows_sha256": spread.hexdigest(), "hashed_tokens": whole,
+            "tokens_sha256": hash_tokens(shards, whole)}
+
+
+def hash_tokens(shards: list[np.ndarray | Shard], count: int) -> str:
+    """Hash the first `count` tokens of a split."""
+    hashed = hashlib.sha256()
+    for shard in shards:
+        hashed.update(np.ascontiguousarray(shard[:count], dtype="<u2").data)
+        count -= min(count, len(shard))
+    return hashed.hexdigest()
 
 
 def fingerprint(train_loader, val_loader) -> dict:
@@ -135,7 +150,11 @@ def check_same(state: dict, train_loader, val_loader) -> None:
     if before.get("n_windows") not in (None, now["n_windows"]):
         raise DataError(f"the data have {now['n_windows']} windows to train on, they had {before['n_windows']} when "
                         f"the run began: {remedy}")
-    for key in ("sha256", "windows_sha256", "val_sha256", "val_windows_sha256"):
+    keys = ["sha256", "windows_sha256", "val_sha256", "val_windows_sha256"]
+    for split in ("", "val_"):  # a branch may validate on more tokens
+        if before.get(f"{split}hashed_tokens") == now[f"{split}hashed_tokens"]:
+            keys.append(f"{split}tokens_sha256")
+    for key in keys:
         if before.get(key) not in (None, now[key]):
             split = "validation" if key.startswith("val") else "training"
             raise DataError(f"the {split} data have other tokens than when the run began: {remedy}")
@@ -189,9 +208,6 @@ def describe(data, val_shards: list[np.ndarray], val_tokens: int) -> dict:
     for manifest in sorted(Path(data).glob("manifest*.json"))[:1]:
         with contextlib.suppress(OSError):  # another program's, or another person's
             values = read_record(manifest)
-    hashed, left = hashlib.sha256(), val_tokens
-    for tokens in val_shards:
-        hashed.update(np.ascontiguousarray(tokens[:left], dtype="<u2").data)
-        left -= min(left, len(tokens))
     return {"source": values.get("source") or values.get("download"), "revision": values.get("revision"),
-            "val_tokens": val_tokens - left, "val_sha256": hashed.hexdigest()}
+            "val_tokens": min(val_tokens, sum(map(len, val_shards))),
+            "val_sha256": hash_tokens(val_shards, val_tokens)}

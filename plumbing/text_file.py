@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, print0
 from plumbing.file_kinds import refuse_other_kinds
 from plumbing.files import DataError, atomic_write, lock
 from plumbing.manifest import npy_header
@@ -38,7 +38,9 @@ def open_text(path: Path, split: str, out_dir="", world=None) -> np.ndarray | Sh
     if world is None or path.stat().st_size < IN_MEMORY:
         check_text(path)
         with open_stream(path) as file:
-            tokens = np.concatenate([NOTHING, *encode_documents(file, has_marks(path))])
+            tokens = np.concatenate([NOTHING, *encode_documents(file, find_marks(path, says=split == "train"))])
+        if not len(tokens):
+            raise DataError(f"{path} holds nothing but {MARK}: name a file with text")
         boundary = len(tokens) - len(tokens) // 10
         return tokens[:boundary] if split == "train" else tokens[boundary:]
     whole = open_shard(world.from_rank0(lambda: tokenize(path, Path(out_dir), world)))
@@ -48,19 +50,20 @@ def open_text(path: Path, split: str, out_dir="", world=None) -> np.ndarray | Sh
 
 def tokenize(path: Path, out_dir: Path, world) -> Path:
     """Write the tokens of a text to out_dir, unless they are there; return the path of that file."""
+    before = state_of(path)
     cache = out_dir / f"tokens-{check_text(path)[:16]}.npy"
-    if cache.exists():
+    if is_whole(cache):
         return cache
     remedy = "choose an --out_dir with space for 2 bytes per token, or make shards with fineweb.py"
     with lock(out_dir, f"another process is tokenizing {path} into", remedy, f".{cache.name}.lock", LOCK_SECONDS):
-        if cache.exists():  # the other process has finished
+        if is_whole(cache):  # the other process has finished
             return cache
-        size, count = path.stat().st_size, 0
+        size, count = before[0], 0
         try:
             with open_stream(path) as text, atomic_write(cache) as file, progress_bar(size, 0, "B") as bar:
                 bar.set_description(f"tokenizing {path.name}")
                 file.write(npy_header(0))
-                for tokens in encode_documents(text, has_marks(path)):
+                for tokens in encode_documents(text, find_marks(path, says=True)):
                     file.write(tokens.astype("<u2", copy=False).data)
                     count += len(tokens)
                     bar.update(text.buffer.tell() - bar.n)
@@ -68,10 +71,32 @@ def tokenize(path: Path, out_dir: Path, world) -> Path:
                         raise UserError(f"interrupted while tokenizing {path}: the same command does it again")
                 file.seek(0)
                 file.write(npy_header(count))
+                if state_of(path) != before:  # under this hash the tokens of another text would be found again
+                    raise DataError(f"{path} was changed while it was tokenized: run the same command again when it is "
+                                    "complete")
+        except DataError:
+            raise
         except OSError as error:
             raise DataError(f"cannot write the tokens of {path} to {cache}: {error.strerror or error}: "
                             f"{remedy}") from error
     return cache
+
+
+def is_whole(cache: Path) -> bool:
+    """Return whether the tokens of a text are in a file, as a shard; say so if it is damaged."""
+    try:
+        if cache.exists():
+            open_shard(cache)
+            return True
+    except DataError as error:
+        print0(f"warning: {error}: the text is tokenized again")
+    return False
+
+
+def state_of(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written or replaced: its size, date and number."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def open_stream(path: Path) -> io.TextIOWrapper:
@@ -98,8 +123,8 @@ def read_pieces(file: io.TextIOWrapper):
         yield newline
 
 
-def has_marks(path: Path) -> bool:
-    """Return whether a line of a text is only <|endoftext|>."""
+def find_marks(path: Path, says: bool) -> bool:
+    """Return whether a line of a text is only <|endoftext|>. If `says`, tell of those within lines, which stay text."""
     with open(path, "rb") as file:
         blocks, before = iter(lambda: file.read(BLOCK), b""), b""
         for block in blocks:
@@ -108,8 +133,15 @@ def has_marks(path: Path) -> bool:
             before = block[-len(MARK):]
         else:  # the usual case, without a look at each line
             return False
+    found, within = False, 0
     with open_stream(path) as text:
-        return any(piece is None for piece in read_pieces(text))
+        for piece in read_pieces(text):
+            found = found or piece is None
+            within += (piece or "").count(MARK)
+    if within and says:
+        print0(f"note: {path} has {within:,} {MARK} within lines, where it stays text; to end a document there, put it "
+               f"on a line of its own: sed 's/{MARK}/\\n&\\n/g' {shlex.quote(str(path))} > NEW.txt")
+    return found
 
 
 def encode_documents(file: io.TextIOWrapper, marked: bool):

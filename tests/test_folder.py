@@ -1,4 +1,5 @@
 """A run's folder that is renamed, deleted or taken while the run lives; files in it that are another's."""
+import errno
 import json
 import os
 import threading
@@ -81,6 +82,37 @@ def test_a_run_whose_folder_another_run_has_taken_stops_and_leaves_it_alone(ever
     assert len(read_log(tmp_path / "mine", "train")) == (3 if every else 6)  # its own log went on with its folder
 
 
+def test_a_file_in_the_place_of_the_folder_is_left_alone_and_named(data, tmp_path, monkeypatch):
+    def act():
+        (tmp_path / "out").rename(tmp_path / "mine")
+        (tmp_path / "out").write_text("my notes")
+
+    during(monkeypatch, 3, act)
+    with pytest.raises(UserError, match=r"/mine, and what has that name now is left as it is: .*moved away"):
+        train(tmp_path / "out", data)
+    assert (tmp_path / "out").read_text() == "my notes"
+
+
+def test_a_folder_that_cannot_be_reached_for_a_while_costs_no_step(data, whole, tmp_path, monkeypatch, capfd):
+    """As on a network's file system: an error of stat() when a checkpoint is due is a warning."""
+    def act():
+        calls = []
+
+        def renew(lock):
+            calls.append(lock)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "Input/output error", str(lock.path))
+            return works(lock)
+
+        works = files.Lock.renew
+        monkeypatch.setattr(files.Lock, "renew", renew)
+
+    during(monkeypatch, 3, act)
+    train(tmp_path / "out", data)
+    assert "warning: [Errno 5] Input/output error" in capfd.readouterr().out
+    assert_same_run(whole, tmp_path / "out")
+
+
 def test_a_live_run_holds_the_folder_that_replaced_a_deleted_one(tmp_path):
     out = tmp_path / "out"
     with run_folder.lock(out) as held:
@@ -112,13 +144,14 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch):
 def test_files_of_others_are_set_aside_and_not_overwritten(data, tmp_path, capsys):
     out = tmp_path / "mine"
     out.mkdir()
-    texts = {"report.md": b"my thesis", "loss.png": b"my picture", "log.jsonl": b'{"my": "log"}\n'}
+    texts = {"report.md": b"my thesis", "loss.png": b"my picture", "log.jsonl": b'{"my": "log"}\n',
+             "best.pt": b"my model"}
     for name, text in texts.items():
         (out / name).write_bytes(text)
-    train(out, data)
+    train(out, data, keep_best=True)
     for name, text in texts.items():
         assert (out / f"{name}.old").read_bytes() == text and (out / name).read_bytes() != text
-    assert capsys.readouterr().out.count("kept as") == 3
+    assert capsys.readouterr().out.count("kept as") == 4
     (out / "report.md").write_text((out / "report.md").read_text().replace("Not measured", "Measured, and I mean it"))
     (out / "loss.png").write_bytes(b"another picture")
     train(out, data)  # already finished: it writes both anew

@@ -2,9 +2,11 @@
 import os
 import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
+import torch
 from conftest import flags, make_loader, read_log, run, write_shards
 
 import train_gpt2
@@ -115,6 +117,42 @@ def test_too_many_open_files_name_the_limit(shard_folder, monkeypatch):
         open_shard(shard_folder / "edufineweb_train_000001.npy")
 
 
+CUT_UNDER_A_READ = """
+import os, sys
+import numpy as np
+from plumbing import cli
+from plumbing.shard_file import Shard, open_shard
+from pathlib import Path
+def read():
+    shard = open_shard(Path(sys.argv[1]))
+    shard[0:9]
+    state = shard.stat()
+    Shard.stat = lambda shard: state  # as if the file were cut between the look at it and the read
+    os.truncate(sys.argv[1], 0)
+    shard[60_000:60_009]
+cli.run_command(read)
+"""
+
+
+def test_a_shard_that_is_cut_during_a_read_does_not_end_without_a_word(tmp_path):
+    path = next(write_shards(tmp_path / "data", train=(90_000,)).glob("*train*"))
+    (tmp_path / "cut.py").write_text(CUT_UNDER_A_READ)
+    result = run([path], script=tmp_path / "cut.py")
+    assert result.returncode == -signal.SIGBUS
+    assert "Bus error" in result.stderr and "shard_file.py" in result.stderr
+
+
+def test_a_shard_larger_than_the_memory_is_mapped(tmp_path, monkeypatch):
+    """As nanoGPT's train.bin of 17 GB on a laptop: the system refuses PyTorch's mapping, which could be written to."""
+    def refuse(*arguments, **named):
+        raise RuntimeError("unable to mmap 17000000000 bytes from file: Cannot allocate memory (12)")
+
+    path = next(write_shards(tmp_path / "data", train=(900,)).glob("*train*"))
+    whole = open_shard(path)[0:900]
+    monkeypatch.setattr(torch, "from_file", refuse)
+    assert np.array_equal(open_shard(path)[100:200], whole[100:200])
+
+
 def test_a_shard_is_sliced_as_an_array_is(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50257, 999, dtype=np.uint16)
     np.save(tmp_path / "x.npy", tokens)
@@ -176,6 +214,28 @@ def test_other_data_with_as_many_windows_are_noticed(what, tmp_path):
     loaders = [make_loader(folder, split, 4, 16) for split in ("train", "val")]
     with pytest.raises(DataError, match="have other tokens than when the run began"):
         shards.check_same({"data": before, "train_config": {}}, *loaders)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_other_token_among_those_that_a_validation_reads_is_noticed(split, tmp_path):
+    folder = write_shards(tmp_path / "data", train=(3_000_000,), val=3_000_000)
+
+    def loaders(**changes):
+        return [make_loader(folder, split, 4, 16, **changes) for split in ("train", "val")]
+
+    before = shards.fingerprint(*loaders())
+    rewrite(next(folder.glob(f"*{split}*")), 123_456, 123_457)  # between the sampled windows
+    with pytest.raises(DataError, match="have other tokens than when the run began"):
+        shards.check_same({"data": before, "train_config": {}}, *loaders())
+    shards.check_same({"data": before, "train_config": {}}, *loaders(val_tokens=320))  # of a branch: not comparable
+
+
+def test_one_other_token_of_a_text_is_noticed(tmp_path):
+    text = tmp_path / "x.txt"
+    text.write_text("One two three four.\n" * 300_000)
+    before = fingerprint(text)
+    text.write_text("One two three four.\n" * 80_000 + "One two three five.\n" + "One two three four.\n" * 219_999)
+    assert before["n_windows"] == fingerprint(text)["n_windows"] and before != fingerprint(text)
 
 
 def test_the_same_data_elsewhere_under_other_names_are_the_same(tmp_path):

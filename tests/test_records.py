@@ -169,7 +169,7 @@ def test_a_tilde_that_the_shell_left_means_the_home_folder(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("environment", [
     {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"},
-    {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "4"}])
+    {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "4"}, {"FLUX_JOB_SIZE": "2"}])
 def test_copies_that_do_not_know_of_each_other_are_told_of_torchrun(environment, shard_folder, tmp_path):
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), **environment)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1

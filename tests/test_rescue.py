@@ -8,7 +8,7 @@ from test_train import assert_same_run, final_state, same
 
 import hellaswag
 import train_gpt2
-from plumbing import checkpoint
+from plumbing import checkpoint, files
 
 
 def train(out, data, **changes) -> float:
@@ -75,7 +75,7 @@ def test_a_signal_of_the_hardware_does_not_end_without_a_word(shard_folder, tmp_
     script = tmp_path / "bus.py"
     script.write_text("import os, signal, sys\nimport train_gpt2\n"
                       "train_gpt2.get_lr = lambda *arguments: os.kill(os.getpid(), signal.SIGBUS)\n"
-                      "train_gpt2.main(train_gpt2.parse_args(sys.argv[1:]))\n")
+                      "train_gpt2.cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=script)
     assert result.returncode != 0
     assert "Fatal Python error: Bus error" in result.stderr and "train_gpt2.py" in result.stderr
@@ -109,7 +109,7 @@ def test_keep_best_keeps_the_lowest_validation_loss_across_a_restart(shard_folde
     train_best(tmp_path / "out")
     best = checkpoint.load(tmp_path / "out" / checkpoint.BEST)
     numbered = checkpoint.load(tmp_path / "out" / "model_000004.pt")
-    assert best["step"] == 4 and best["val_loss"] == best["best_val_loss"] == 5.0
+    assert best["step"] == 4 and best["val_loss"] == 5.0
     assert same(best["model"], numbered["model"]) and same(best["optimizers"], numbered["optimizers"])
     assert final_state(tmp_path / "out")["best_val_loss"] == 5.0
     (tmp_path / "out" / "model_000006.pt").unlink()
@@ -119,6 +119,40 @@ def test_keep_best_keeps_the_lowest_validation_loss_across_a_restart(shard_folde
     assert final_state(tmp_path / "out")["best_val_loss"] == 5.0
     assert checkpoint.newest(tmp_path / "out").name == "model_000006.pt"  # which is what resumes
     assert train_gpt2.GPT.load(tmp_path / "out" / checkpoint.BEST).count_parameters() > 0
+
+
+@pytest.mark.parametrize("fate", ["deleted", "damaged"])
+def test_a_best_checkpoint_that_is_lost_is_replaced_by_the_next_best(fate, shard_folder, tmp_path):
+    def train_best():
+        train(tmp_path / "out", shard_folder, val_every=2, keep_checkpoints=9, keep_best=True)
+
+    train_best()
+    best = tmp_path / "out" / checkpoint.BEST
+    (tmp_path / "out" / "model_000006.pt").unlink()
+    state = checkpoint.load(tmp_path / "out" / "model_000004.pt")
+    del state["path"]
+    checkpoint.save(tmp_path / "out", 4, {**state, "best_val_loss": 1.0})
+    if fate == "deleted":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:5000])
+    train_best()
+    assert checkpoint.load(best)["step"] == 6
+
+
+def test_a_best_checkpoint_that_cannot_be_written_does_not_count(shard_folder, tmp_path, monkeypatch):
+    """As on a full disk: the step is lost, but not those after it that are better than what is kept."""
+    losses, save = iter([9.0, 5.0, 6.0, 7.0]), checkpoint.save
+
+    def full(folder, step, state, name=""):
+        if name == checkpoint.BEST and step == 2:
+            raise files.CheckpointError("cannot write best.pt, is the disk full?")
+        return save(folder, step, state, name)
+
+    monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(checkpoint, "save", full)
+    train(tmp_path / "out", shard_folder, val_every=2, keep_best=True)
+    assert checkpoint.load(tmp_path / "out" / checkpoint.BEST)["step"] == 4
 
 
 def test_without_keep_best_there_is_none_and_it_may_be_added_later(shard_folder, tmp_path):

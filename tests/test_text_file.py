@@ -55,6 +55,52 @@ def test_elsewhere_endoftext_stays_text(text, tmp_path):
     assert EOT not in tokens_of(tmp_path / "x.txt")
 
 
+def test_a_text_of_nothing_but_marks_is_said_to_be_one(tmp_path):
+    (tmp_path / "x.txt").write_text(f"{MARK}\n" * 100)
+    with pytest.raises(DataError, match=r"holds nothing but <.endoftext.>: name a file with text"):
+        text_file.open_text(tmp_path / "x.txt", "train")
+
+
+def test_marks_within_lines_are_mentioned_once(tmp_path, capsys):
+    path = tmp_path / "x.txt"
+    path.write_text(f"One.{MARK}Two.\n{MARK}\nThree.{MARK}\n" * 10)
+    tokens_of(path)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {path} has 20 {MARK} within lines, where it stays text") and said.count("note") == 1
+    path.write_text(f"One.\n{MARK}\nTwo.\n" * 10)
+    tokens_of(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_that_changes_while_it_is_tokenized_leaves_no_tokens(large, tmp_path, monkeypatch):
+    """They would be found again under the hash of another text."""
+    def encode_and_append(*arguments):
+        for i, tokens in enumerate(works(*arguments)):
+            if i == 0:
+                with open(large, "a") as file:
+                    file.write("One line more.\n")
+            yield tokens
+
+    works = text_file.encode_documents
+    monkeypatch.setattr(text_file, "encode_documents", encode_and_append)
+    with pytest.raises(DataError, match="was changed while it was tokenized: run the same command again"):
+        text_file.open_text(large, "train", tmp_path / "out", World(0, 1))
+    assert not list((tmp_path / "out").glob("tokens*"))
+
+
+def test_damaged_tokens_of_a_text_are_made_again_or_named(large, tmp_path, capsys):
+    text_file.open_text(large, "train", tmp_path / "out", World(0, 1))
+    (cache,) = (tmp_path / "out").glob("tokens*")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-1000])
+    text_file.open_text(large, "train", tmp_path / "out", World(0, 1))
+    assert cache.read_bytes() == whole
+    assert f"{cache} cannot be used" in capsys.readouterr().out
+    cache.write_bytes(whole[:len(whole) // 3] + bytes(len(whole) - len(whole) // 3))
+    with pytest.raises(DataError, match=f"{cache} \\(made again from {large} if it is deleted\\) does not hold"):
+        make_loader(str(large), "train", 4, 16, out_dir=str(tmp_path / "out"))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.sampled_from(["", " ", "One word", f"in {MARK} text", MARK, f" {MARK}\t", "\u6f22\u5b57"]),
                       max_size=9), end=st.sampled_from(["", "\n"]), block=st.integers(20, 60))
