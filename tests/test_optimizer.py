@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_shards
 
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, parse_args
 
@@ -140,7 +140,7 @@ def test_a_preset_that_is_named_is_taken_whole_for_a_text_file_too(preset, tmp_p
 def test_only_the_demo_falls_back_to_the_built_in_text(shards_are_there, preset, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if shards_are_there:
-        (tmp_path / "edu_fineweb10B").mkdir()
+        write_shards(tmp_path / "edu_fineweb10B")
         data = data if preset else "edu_fineweb10B"
     config = parse_args(["--preset", preset] if preset else [])
     assert config.data == (str(ROOT / data) if data == "input.txt" else data)

