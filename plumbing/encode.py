@@ -22,7 +22,7 @@ from plumbing.tokenizer import encode as encode_with_tiktoken
 
 CHECK_PIECES = 20  # pieces of a long text that are compared, some 2 MB
 CHECK_EVERY = 1000  # rows; one row of each thousand is compared with tiktoken
-END_OF_TEXT = 437, 1659, 5239  # "end", "of", "text", as they are encoded in <|endoftext|>
+END_OF = 437, 1659  # "end" and "of", as they are encoded in <|endoftext|>
 REPLACED = 4210  # the token of U+FFFD, which is what becomes of bytes that are not UTF-8
 MEMORY_LIMIT = 2 << 30  # bytes used by this process; above them, gigatoken's cache of words is dropped
 CACHE_BYTES = 64 << 20  # bytes of text that a thread encodes, at least, before its cache is dropped
@@ -119,8 +119,8 @@ def count_marks(texts, ids: np.ndarray) -> tuple[int, int, int]:
     import pyarrow.compute
 
     marks = 0
-    if np.any((ids[:-2] == END_OF_TEXT[0]) & (ids[1:-1] == END_OF_TEXT[1]) & (ids[2:] == END_OF_TEXT[2])):
-        # only now, as to look for three numbers takes a fraction of the time
+    if np.any(ids[np.flatnonzero(ids[1:] == END_OF[1])] == END_OF[0]):
+        # only now, as to look for a number takes a fraction of the time
         marks = pyarrow.compute.sum(pyarrow.compute.count_substring(texts, "<|endoftext|>")).as_py() or 0
     return marks, int(np.count_nonzero(ids == REPLACED)), len(ids)
 
