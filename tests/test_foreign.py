@@ -81,8 +81,8 @@ def same_logits(source, theirs):
         torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("prefix, biases", [
+    ("", True), ("_orig_mod.", False), ("module.", True), ("module._orig_mod.", False), ("_orig_mod.module.", True)])
 def test_nanogpt_s_checkpoint_gives_the_logits_of_transformers(prefix, biases, tmp_path):
     theirs, weights = make_theirs(biases)
     weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # the mask of a PyTorch before 2.0
