@@ -271,7 +271,7 @@ class DataLoaderLite:
         self.ends = np.cumsum(counts)
         self.n_windows = sum(counts)
         shards.require_windows(self.n_windows, config, split)
-        self.hashes = shards.check_samples(self.names, self.shards, self.vocab_size, config.val_tokens + 1)
+        self.hashes = shards.check_samples(self, config.val_tokens + 1)
         self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # of two epochs
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,7 +294,7 @@ class DataLoaderLite:
 
     def locate(self, i: int):
         """Yield the shard and the first token of each window of micro-batch i."""
-        first = (i * self.world.world_size + self.world.rank) * self.B  # index of the first window
+        first = (i * self.world.world_size + self.world.rank) * self.B  # its first window
         for index in range(first, first + self.B):
             epoch, window = divmod(index, self.n_windows)
             if self.shuffle:
@@ -399,16 +399,16 @@ class Run:
         self.raw_model = build_model(config, state).to(world.device)  # the plain module
         self.start = describe_start(config, PRESETS, world, self.raw_model, state, resuming)
         config, world, reasons = machine.resolve(config, state, self.raw_model, world)
-        self.config, self.world = config, world  # no setting is "auto" any more
+        self.config, self.world = config, world  # nothing is "auto" now
         vocab_size = self.raw_model.config.vocab_size
         self.train_loader = DataLoaderLite(config, "train", world, vocab_size)
         self.val_loader = DataLoaderLite(config, "val", world, vocab_size)
         self.optimizers = configure_optimizers(self.raw_model, config, world.device)
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
         self.step = 0  # steps done
-        self.evaluated = -1  # the last step whose evaluations are in the log
+        self.evaluated = -1  # the last step that was evaluated
         self.val_loss, self.best_val_loss = math.nan, math.inf
-        self.finite, self.is_whole = True, True  # is_whole: not in the middle of an update
+        self.finite, self.is_whole = True, True  # is_whole: not amid an update
         if state:
             shards.check_same(state, self.train_loader, self.val_loader)
             checkpoint.restore(state, self.optimizers, self.scaler, world.device)
@@ -430,7 +430,7 @@ class Run:
         """Save a checkpoint and run the evaluations, whichever are due at this step."""
         config, step = self.config, self.step
         if step > 0 and self.is_due(config.checkpoint_every):
-            self.save()  # before the evaluations, so that a kill during them costs nothing
+            self.save()  # first, so that a kill during the evaluations costs nothing
         if step == 0 or self.is_due(config.val_every):
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
@@ -443,7 +443,7 @@ class Run:
             self.log.sample(step, sample_text(self.raw_model, config.sample_prompt, self.world))
         self.evaluated = step
         if step == config.max_steps:
-            self.save(required=True)  # again, now that its evaluations are in the log
+            self.save(required=True)  # again, now that it is evaluated
 
     def save(self, required: bool = False, name: str = "") -> bool:
         """Write a checkpoint; unless it is `required`, a failure is a warning, and False."""
@@ -455,13 +455,13 @@ class Run:
             "train_config": asdict(self.config),  # compared when the run is resumed
             "machine": machine.identity(self.world),  # for which B and compile were chosen
             "data": shards.fingerprint(self.train_loader, self.val_loader),  # hashes
-            "step": self.step,  # steps done, from which the position in the data follows
+            "step": self.step,  # steps done: gives the position in the data
             "val_loss": self.val_loss,  # the last one
             "best_val_loss": self.best_val_loss,
             "origin_sha256": self.start["origin_sha256"],  # of --init_from's weights
             "evaluated": self.evaluated == self.step,  # if not, resuming begins with it
         }
-        return run_folder.write(self.config, self.world, self.log, state, self.finite, required, name)
+        return run_folder.write(self, state, required, name)
 
     def train(self) -> float:
         """Train to the last step or the first signal; return the last validation loss."""
@@ -480,7 +480,7 @@ class Run:
         grad_accum_steps = config.total_batch_size // tokens_at_once
         param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         x, y = self.train_loader.batch(self.step * grad_accum_steps)  # (B, T) each
-        # max_steps updates give max_steps + 1 models: the last iteration only evaluates
+        # the last iteration only evaluates: n updates give n + 1 models
         for step in range(self.step, config.max_steps + 1):
             if step > self.evaluated:
                 self.evaluate()
@@ -568,7 +568,7 @@ def parse_args(argv: list[str]) -> TrainConfig:
     """Read the flags. They override a preset, which is demo for a text file, otherwise gpt2."""
     flags = cli.parse_flags(
         TrainConfig, argv, "Train GPT-2. The same command again resumes. Without --data and without "
-        f"{TrainConfig.data}/ it trains a small model on input.txt, in less than three minutes.",
+        f"{TrainConfig.data}/ it trains a small model on input.txt.",
         extra={"preset": (tuple(PRESETS), "defaults that flags override (default: gpt2, or demo for text)")})
     preset = flags.pop("preset", None)
     no_shards = preset is None and not shards.has_shards(TrainConfig.data)

@@ -3,7 +3,7 @@
     hold(folder, world)         a context in which no other process trains into the folder
     to_continue(config, ...)    the state that a run begins with, the same on all ranks
     to_evaluate(config, world)  the state that --eval_only evaluates
-    write(config, state, ...)   writes a checkpoint
+    write(run, state)           writes a checkpoint
     saved_on_errors(run)        a context that loses no finished step
 """
 import contextlib
@@ -154,20 +154,20 @@ def check_settings(config, state: dict, path) -> None:
         raise CheckpointError(f"{path} has been changed: it is of step {state['step']} of {known.max_steps}")
 
 
-def write(config, world, log, state: dict, prune_older: bool, required: bool = False, name: str = "") -> bool:
-    """Have rank 0 write a checkpoint into out_dir, after syncing the log, and delete older ones if `prune_older`.
+def write(run, state: dict, required: bool = False, name: str = "") -> bool:
+    """Have rank 0 write a checkpoint of a Run, after syncing its log, and delete older ones.
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
     rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
-    Without `prune_older` a run that diverges keeps its good ones. Returns False on rank 0 if it was not written.
+    A run that diverges keeps its good ones. Returns False on rank 0 if it was not written.
     """
     def action() -> bool:
         try:
-            log.keep_folder()
-            log.sync()
-            checkpoint.save(config.out_dir, state["step"], state, name)
-            if prune_older and not name:
-                checkpoint.prune(config.out_dir, config.keep_checkpoints, state["step"])
+            run.log.keep_folder()
+            run.log.sync()
+            checkpoint.save(run.config.out_dir, state["step"], state, name)
+            if run.finite and not name:
+                checkpoint.prune(run.config.out_dir, run.config.keep_checkpoints, state["step"])
         except OSError as error:
             print0(f"warning: {error}; the checkpoints before it stay")
             if required:
@@ -176,8 +176,8 @@ def write(config, world, log, state: dict, prune_older: bool, required: bool = F
         return True
 
     if required:
-        return world.from_rank0(action)
-    return action() if world.rank == 0 else True
+        return run.world.from_rank0(action)
+    return action() if run.world.rank == 0 else True
 
 
 def lock(folder):

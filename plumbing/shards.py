@@ -102,15 +102,15 @@ def require_windows(n_windows: int, config, split: str) -> None:
                         "+ 1 tokens: use more data or a smaller --sequence_length")
 
 
-def check_samples(names: list[str], shards: list[np.ndarray | Shard], vocab_size: int, whole: int = 0) -> dict:
-    """Check a sample of the tokens of each shard, as reading all would take minutes; or all, if it is a small one.
+def check_samples(loader, whole: int) -> dict:
+    """Check a sample of the tokens of each shard of a loader, as reading all would take minutes; all of a small one.
 
     Returns hashes by which a resumed run recognizes its data: sha256 is of the number of tokens, begin, middle and end
     of each shard, windows_sha256 of windows spread over it, and tokens_sha256 of the first `whole` tokens of the split,
     or of all of a text that is in memory.
     """
-    hashed, spread = hashlib.sha256(), hashlib.sha256()
-    for name, shard in zip(names, shards):
+    shards, vocab_size, hashed, spread = loader.shards, loader.vocab_size, hashlib.sha256(), hashlib.sha256()
+    for name, shard in zip(loader.names, shards):
         hashed.update(f"{len(shard)} ".encode())
         windows, n_spread = read_sample(shard), len(more_windows(len(shard)))
         for digest, part in ((spread, windows[:n_spread]), (hashed, windows[n_spread:])):
