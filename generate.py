@@ -24,7 +24,7 @@ from typing import Annotated
 
 import torch
 
-from plumbing import machine, models
+from plumbing import cli, machine, models
 from plumbing.cli import Dtype, Prompt, Range, UserError, check_values, parse_flags, plural, require, run_command
 from plumbing.model_tokenizer import Gpt2Tokenizer, tokenizer_of
 from plumbing.ranks import processes
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
         dtype, why = machine.pick_dtype(config.dtype, device)
         own = f", {tokenizer.name}" if tokenizer.name != GPT2.name else ""
         print(f"{config.model}, {model.count_parameters():,} parameters{own}; {machine.describe_device(device)}, "
-              f"{str(dtype).removeprefix('torch.')}: {why}", file=sys.stderr)
+              f"{cli.reasoned(str(dtype).removeprefix('torch.'), why)}", file=sys.stderr)
         generator = torch.Generator(device).manual_seed(config.seed)
         with machine.autocast(dtype, device):
             for prompt in prompts(config):

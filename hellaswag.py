@@ -382,7 +382,7 @@ def main(argv: list[str]) -> None:
         if world.rank == 0:
             print(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
                   f"{config.style} style; {machine.describe_device(world.device)}, "
-                  f"{str(dtype).removeprefix('torch.')}: {why}", flush=True)
+                  f"{cli.reasoned(str(dtype).removeprefix('torch.'), why)}", flush=True)
         world = dataclasses.replace(world, autocast=machine.autocast(dtype, world.device))
         with network.progress_bar(len(examples), 0, " examples", quiet=world.rank > 0) as bar:
             result = evaluate(model, examples, world, config.batch_tokens, config.style,

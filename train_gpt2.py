@@ -86,6 +86,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
     keep_best: bool = False  # also keep the one with the lowest validation loss, best.pt
+    log_every: int = 0  # steps between lines on the screen, after 20 (0: about one line per second)
     logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the logged numbers
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
@@ -93,6 +94,7 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile (default: if it works and the run is long enough)
     activation_checkpointing: bool = False  # recompute blocks in backward, to save memory
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
+    yes: bool = False  # start a run that this machine cannot hold or finish within a week
 
     def __post_init__(self):
         machine.check_settings(self)
@@ -101,7 +103,7 @@ class TrainConfig:
 MAY_CHANGE_ON_RESUME = {  # anything else would make it another experiment
     "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing",
     "keep_checkpoints", "keep_best", "checkpoint_every", "logger", "val_every",
-    "sample_every", "hellaswag_every", "hellaswag_limit", "hellaswag_data",
+    "sample_every", "hellaswag_every", "hellaswag_limit", "hellaswag_data", "log_every", "yes",
 }
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {  # the schedule too
     "branch_from", "init_from", "max_steps", "max_lr", "min_lr", "warmup_steps", "decay",
@@ -286,12 +288,6 @@ class DataLoaderLite:
         x, y = tokens[:, :-1].long(), tokens[:, 1:].long()  # (B, T) each
         return x.to(self.world.device), y.to(self.world.device)
 
-    def prefetch(self, first: int, count: int) -> None:
-        """Have the system read micro-batches from the disk ahead of time; returns at once."""
-        for i in range(first, first + count):
-            for shard, start in self.locate(i):
-                shards.read_ahead(self.shards[shard], start, start + self.T + 1)
-
     def locate(self, i: int):
         """Yield the shard and the first token of each window of micro-batch i."""
         first = (i * self.world.world_size + self.world.rank) * self.B  # its first window
@@ -415,12 +411,13 @@ class Run:
             self.step, self.val_loss = state["step"], state["val_loss"]
             self.best_val_loss = state["best_val_loss"] if resuming else math.inf
             self.evaluated = self.step if resuming and state["evaluated"] else self.step - 1
+        self.log = RunLog(config, self.raw_model, world, folder)
+        self.log.print_summary(self.train_loader, self.val_loader, self.start | reasons)
         self.hellaswag_examples = []
         if self.evaluated < config.max_steps:  # otherwise the run is finished
             self.hellaswag_examples = hellaswag.examples_for_training(config, self.raw_model, world)
         self.model = parallelize(self.raw_model, config, world)  # compiled and wrapped
-        self.log = RunLog(config, self.raw_model, world, folder)
-        self.log.start(self.train_loader, self.val_loader, self.start | reasons, self.evaluated)
+        self.log.start(self.val_loader, self.start, self.evaluated)
 
     def is_due(self, every: int) -> bool:
         """Return True at every multiple of `every`, and after the last step."""
@@ -504,7 +501,7 @@ class Run:
                 i = step * grad_accum_steps + micro_step
                 x, y = self.train_loader.batch(i + 1)  # read while the device still computes
                 data_seconds += time.perf_counter() - t1
-            self.train_loader.prefetch((step + 1) * grad_accum_steps + 1, grad_accum_steps)
+            shards.read_ahead(self.train_loader, (step + 1) * grad_accum_steps + 1, grad_accum_steps)
             scale = scaler.scale(torch.ones((), device=world.device))  # without a wait
             for optimizer in self.optimizers:
                 scaler.unscale_(optimizer)
@@ -537,7 +534,8 @@ def evaluate_only(config: TrainConfig, world: World) -> float:
     config, world, reasons = machine.resolve(config, None, raw_model, world)
     loader = DataLoaderLite(config, "val", world, raw_model.config.vocab_size)
     log = RunLog(config, raw_model, world)
-    log.start(None, loader, start | reasons)
+    log.print_summary(None, loader, start | reasons)
+    log.start(loader, start)
     val_loss = evaluate_val_loss(parallelize(raw_model, config, world), loader, config.val_tokens, world)
     log.val(step, val_loss)
     if config.sample_every:
@@ -560,7 +558,7 @@ PRESETS = {
         data="input.txt", model="demo", out_dir="log/demo", total_batch_size=1024, sequence_length=64,
         max_steps=180, optimizer="muon", warmup_steps=20, max_lr=3e-2, min_lr=0.0, weight_decay=0.0,
         val_every=60, hellaswag_every=0, sample_every=60, sample_prompt="The old woman",
-        checkpoint_every=60, compile=False, dtype="float32"),
+        val_tokens=65536, checkpoint_every=60, compile=False, dtype="float32"),
 }
 
 
@@ -575,8 +573,10 @@ def parse_args(argv: list[str]) -> TrainConfig:
     if "data" not in flags and (preset == "demo" or no_shards):
         built_in = Path(__file__).with_name("input.txt")
         flags["data"] = "input.txt" if Path("input.txt").exists() else str(built_in)
-    if preset is None:
-        preset = "demo" if Path(flags.get("data", TrainConfig.data)).is_file() else "gpt2"
+    data = Path(flags.get("data", TrainConfig.data))
+    preset = preset or ("demo" if data.is_file() else "gpt2")
+    if preset == "demo" and data.name != "input.txt":
+        flags.setdefault("out_dir", f"log/{data.resolve().stem}")
     return TrainConfig(**{**PRESETS[preset], **flags})
 
 

@@ -243,9 +243,10 @@ def train(settings: dict) -> dict:
             super().train(step, loss, *values)
             _lr, norm, seconds, _data_seconds, _scale = values
             chosen.update(vars(self.config))
+            peak = self.peak or machine.measured_peak(self.world.device, getattr(torch, self.config.dtype))
             seen.append({"seconds": seconds, "loss": loss if math.isfinite(loss) else None,
                          "skipped": not (math.isfinite(loss) and math.isfinite(norm)),
-                         "mfu": self.flops_per_step / seconds / self.peak,
+                         "mfu": self.flops_per_step / seconds / peak,
                          "at": time.monotonic() - settings["started"]})
             if profiled and step == steps - 1:
                 synchronize(config)

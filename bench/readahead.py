@@ -4,7 +4,7 @@
 
 Shuffled sequences of a few shards are read as training reads them, with a pause for the computing between
 micro-batches: with a cold page cache (the shards are dropped from it first) and a warm one, each with and without
-DataLoaderLite.prefetch(). All four sides read the same sequences. Times are medians over all steps but the first.
+shards.read_ahead(). All four sides read the same sequences. Times are medians over all steps but the first.
 """
 import gc
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing import cli
+from plumbing import cli, shards
 from plumbing.cli import Positive, UserError, parse_flags, run_command
 from plumbing.ranks import World
 from plumbing.tokenizer import VOCAB_SIZE
@@ -78,7 +78,7 @@ def read_steps(config: BenchConfig, folder: str, prefetches: bool) -> tuple[list
             time.sleep(config.compute_ms / 1000)
         started = time.perf_counter()
         if prefetches:
-            loader.prefetch((step + 1) * n, n)
+            shards.read_ahead(loader, (step + 1) * n, n)
         prefetching.append(time.perf_counter() - started)
     return waited[1:], prefetching[1:], checksum
 

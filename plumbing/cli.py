@@ -243,9 +243,20 @@ def print0(*values) -> None:
             sys.stdout = open(os.devnull, "w")
 
 
+def bold(text: str) -> str:
+    """Return the text in bold type for a terminal, unchanged for anything else (no-color.org)."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb" or not sys.stdout.isatty()
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
 def plural(count: int, noun: str) -> str:
     """Return the noun, with an s unless the count is 1."""
     return noun if count == 1 else noun + "s"
+
+
+def reasoned(choice: str, reason: str) -> str:
+    """Return an automatic choice with its reason; without one if the user has chosen."""
+    return f"{choice}: {reason}" if reason else choice
 
 
 def clock(seconds: float) -> str:

@@ -8,7 +8,8 @@
     pick_micro_batch_size(model, T, ...)            the largest micro-batch that fits, the same on all ranks
     resolve(config, state, model, world)            a TrainConfig without any "auto"
     explained_errors(config)                        a context in which the libraries' errors say what to do
-    peak_flops(device, dtype)                       the denominator of MFU
+    known_peak(device, dtype)                       the denominator of MFU, None if it is unknown
+    measured_peak(device, dtype)                    the same, measured
     keep_freed_memory()                             no page faults for buffers of the last step
 
 `world` is a plumbing.ranks.World.
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing.cli import UserError, check_values, require
+from plumbing.cli import UserError, check_values, plural, require
 
 # Dense bf16 TFLOP/s without sparsity (fp16 on cards that lack it), from NVIDIA's data sheets; the first entry found in
 # the device's name counts.
@@ -37,6 +38,9 @@ PEAK_TFLOPS = {
     "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 209,
     "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
 }
+
+
+ASSUMED_SHARE = 0.4  # of the peak, which training reaches; from 0.2 for small models to 0.7
 
 
 def pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
@@ -123,9 +127,12 @@ def is_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype of matrix products, and why: bfloat16 if native, float16 on older CUDA cards, else float32."""
+    """Return the dtype of matrix products: `name`, or for auto the best and why.
+
+    That is bfloat16 if it is native, float16 on older CUDA cards, else float32.
+    """
     if name != "auto":
-        return getattr(torch, name), "as configured"
+        return getattr(torch, name), ""
     if is_native(torch.bfloat16, device):
         return torch.bfloat16, "autocast, native on this hardware"
     if device.type == "cuda" and is_native(torch.float16, device):
@@ -160,13 +167,13 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
 
 
 def pick_compile(wanted: bool | None, before: bool | None, device: torch.device, seconds: float) -> tuple[bool, str]:
-    """Return whether to compile a run of about `seconds`, and why; a compiler is tried, not guessed.
+    """Return whether to compile a run of about `seconds`, and why if nobody has said; a compiler is tried, not guessed.
 
     `wanted` is what the user says, `before` what the resumed run did on such a machine; None if unknown. Raises OSError
     only if the user wants it and no compiler works.
     """
     if wanted is False:
-        return False, "as configured"
+        return False, ""
     if wanted is None and before is False:
         return False, "as in the run so far"
     if wanted is None and not before and (device.type == "mps" or seconds < 600):
@@ -179,7 +186,7 @@ def pick_compile(wanted: bool | None, before: bool | None, device: torch.device,
                           "Python's headers, or use --no-compile") from error
         return False, f"no working compiler ({type(error).__name__})"
     if wanted:
-        return True, "as configured"
+        return True, ""
     return True, "as in the run so far" if before else "the run is long enough to repay it"
 
 
@@ -217,18 +224,22 @@ def flops_per_token(model, T: int) -> int:
     return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
 
 
-@functools.cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations per second that `device` can do at best in `dtype`.
+def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the floating-point operations per second that a known GPU can do at best in `dtype`, None for others.
 
-    From the table on known GPUs (float32 runs as TF32 from Ampere on, at half of bf16); elsewhere the best of three
-    matrix products.
+    From the table; float32 runs as TF32 from Ampere on, at half of bf16.
     """
     if device.type == "cuda" and (dtype != torch.float32 or torch.cuda.get_device_capability(device) >= (8, 0)):
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_TFLOPS.items():
             if re.search(rf"\b{known}\b", name):
                 return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1)
+    return None
+
+
+@functools.cache
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure how many floating-point operations per second `device` does in `dtype`: the best of three products."""
     size = 8192 if device.type == "cuda" else 1536
     generator = torch.Generator(device).manual_seed(0)  # products of ones draw less power: a GPU clocks higher
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
@@ -238,6 +249,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()  # reading a value waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
+
+
+def expected_flops(device: torch.device, dtype: torch.dtype, world_size: int) -> float:
+    """Return the operations per second to expect of all ranks together."""
+    return ASSUMED_SHARE * world_size * (known_peak(device, dtype) or measured_peak(device, dtype))
 
 
 def check_settings(config) -> None:
@@ -255,7 +271,8 @@ def resolve(config, state: dict | None, model, world):
     """Replace every "auto" in a TrainConfig by what suits this machine.
 
     dtype, B and compile stay those of the run that is resumed (`state` is its checkpoint), B and compile on the same
-    kind of machine only. Returns the settings, the World with its autocast, and the reasons for dtype and compile.
+    kind of machine only. Returns the settings, the World with its autocast, and for the summary the reasons for dtype
+    and compile, the speed to expect, and the number of steps done.
     """
     require(config, "sequence_length", config.sequence_length <= model.config.block_size,
             f"at most the model's {model.config.block_size} positions")
@@ -274,12 +291,13 @@ def resolve(config, state: dict | None, model, world):
         B = pick_micro_batch_size(model, config.sequence_length, windows, world)
     steps = 0 if config.eval_only else config.max_steps - step
     flops = flops_per_token(model, config.sequence_length) * config.total_batch_size * steps
-    seconds = flops / (0.4 * peak_flops(world.device, dtype) * world.world_size)  # at 40 % of the peak
-    compiles, why_compile = choose_compile(config.compile, before.get("compile"), seconds, world)
+    flops_per_s = expected_flops(world.device, dtype, world.world_size)
+    compiles, why_compile = choose_compile(config.compile, before.get("compile"), flops / flops_per_s, world)
     name = str(dtype).removeprefix("torch.")
     config = dataclasses.replace(config, dtype=name, micro_batch_size=B, compile=compiles)
     count_micro_steps(config, world.world_size)  # raises for a B that does not divide the batch
-    return config, world, {"dtype": why_dtype, "compile": why_compile}
+    about = {"dtype": why_dtype, "compile": why_compile, "flops_per_s": flops_per_s, "first_step": step}
+    return config, world, about
 
 
 def count_micro_steps(config, world_size: int) -> int:
@@ -374,11 +392,14 @@ def check_shape(config) -> None:
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine, or a number past any model's if the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        return 2**63
+    """Return the memory of this machine or container; a number past any model's if the system does not tell."""
+    limits = [2**63]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not POSIX
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError):  # no container, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -431,7 +452,8 @@ def describe_device(device: torch.device) -> str:
     """Name a device for the summary, such as `cpu, 2 threads` or `cuda:0, NVIDIA H100 80GB HBM3`."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} {plural(threads, 'thread')}" if device.type == "cpu" else str(device)
 
 
 def versions() -> dict[str, str]:

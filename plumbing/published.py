@@ -33,7 +33,7 @@ DEMO = {
         "init_from": "", "branch_from": "", "seed": 1337, "model": "demo", "n_layer": 0, "n_head": 0, "n_embd": 0,
         "total_batch_size": 1024, "sequence_length": 64, "shuffle": True, "max_steps": 180, "optimizer": "muon",
         "max_lr": 0.03, "min_lr": 0.0, "warmup_steps": 20, "decay": "cosine", "decay_steps": 0, "weight_decay": 0.0,
-        "grad_clip": 1.0, "val_tokens": 10_485_760, "dtype": "float32",
+        "grad_clip": 1.0, "dtype": "float32",
     },
     "val_sha256": "ebfbbf2b8fb8998bfaa21ee7fa619eda56ce123961683fe03b5928935e174b9c",
     "loss": 4.73,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint, machine, reference, run_folder, shards
-from plumbing.cli import UserError, clock, explain, plural, print0
+from plumbing import checkpoint, machine, reference, run_folder, screen, shards, summary
+from plumbing.cli import UserError, bold, clock, explain, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
 PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
@@ -127,66 +127,41 @@ class RunLog:
         self.folder = folder  # the Lock of out_dir, on rank 0 of a run that trains
         self.trains = config.max_steps > 0 and not config.eval_only
         self.flops_per_step = machine.flops_per_token(model, config.sequence_length) * config.total_batch_size
-        self.peak = machine.peak_flops(world.device, getattr(torch, config.dtype)) * world.world_size
-        self.started, self.bad_steps, self.steps_here = time.perf_counter(), 0, 0
+        self.peak = machine.known_peak(world.device, getattr(torch, config.dtype))  # of one rank, None if unknown
+        self.started, self.bad_steps = time.perf_counter(), 0
         self.drawn = self.started  # when loss.png was drawn last
-        self.seconds = math.nan  # moving average of a step's time
+        self.lines = screen.StepLines(config)
         self.torn = False  # whether the last write stopped within a line
         self.failed = set()  # what besides the log could not be written, reported once
         self.tracker = None
-        self.remark = ""  # on the final loss, if it is the demo's
+        self.first_loss, self.remark = "", ""  # before training; on the final loss, if it is the demo's
         self.finished = False  # whether the run was so before it began
         self.path = Path(config.out_dir) / ("log.jsonl" if self.trains else "eval.jsonl")
 
-    def print_summary(self, train_loader, val_loader, about: dict[str, str]) -> None:
-        """Print all that is about to run, before it runs."""
-        config, shape, parameters = self.config, self.model.config, self.model.count_parameters()
-        T, ranks = config.sequence_length, self.world.world_size
-        data = f"{val_loader.n_windows:,} windows of {T:,} tokens to validate"
-        if train_loader:
-            order = "shuffled" if config.shuffle else "in file order"
-            data = (f"{train_loader.n_windows:,} windows of {T:,} tokens to train on, {val_loader.n_windows:,} to "
-                    f"validate, {order}")
-        loaders = [loader for loader in (train_loader, val_loader) if loader]
-        if documents := shards.count_documents(config.data, loaders):
-            data = f"{documents:,} {plural(documents, 'document')} in {data}"
-        rows = {
-            "device": machine.describe_device(self.world.device),
-            "dtype": f"{config.dtype}: {about['dtype']}",
-            "compile": f"{'yes' if config.compile else 'no'}: {about['compile']}",
-            "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary of "
-                     f"{shape.vocab_size:,}: {parameters:,} parameters, {about['origin']}",
-            "data": f"{config.data}: {data}",
-        }
-        if train_loader:
-            micro_steps = config.total_batch_size // (config.micro_batch_size * T * ranks)
-            tokens = config.max_steps * config.total_batch_size
-            epochs = tokens / (train_loader.n_windows * T)
-            last = f" in the last {config.decay_steps:,} steps" if config.decay_steps else ""
-            rows |= {
-                "batch": f"{config.total_batch_size:,} = {config.micro_batch_size} x {T:,} x {ranks} "
-                         f"{plural(ranks, 'rank')} x {micro_steps} {plural(micro_steps, 'micro-step')}",
-                "schedule": f"{config.max_steps:,} steps, {tokens:,} tokens = {epochs:.2f} epochs; {config.optimizer}, "
-                            f"lr {config.max_lr:g} -> {config.min_lr:g} ({config.decay}{last}) after "
-                            f"{config.warmup_steps:,} steps of warmup",
-                "memory": f"{16 * parameters / 2**20:,.0f} MiB at most for weights, gradients and optimizer, plus "
-                          "activations",
-                "output": config.out_dir,
-            }
+    def print_summary(self, train_loader, val_loader, about: dict) -> None:
+        """Print all that is about to run, before it runs, and what is unusual about it.
+
+        There is no train_loader if nothing is trained. `about` is what describe_start() and machine.resolve() return.
+        Raises UserError, on every rank, for a run that makes no sense on this machine.
+        """
+        config, world, loaders = self.config, self.world, (train_loader, val_loader)
         print0("-" * 100)
-        for topic, text in rows.items():
+        for topic, text in summary.rows(config, self.model, world, loaders, about).items():
             print0(f"{topic:>8} | {text}")
         print0("-" * 100)
+        plan = summary.make_plan(config, self.model, world, loaders, about)
+        for warning in summary.warnings(config, plan):
+            print0(f"warning: {warning}")
+        world.from_rank0(lambda: summary.check(config, plan, world, about))
 
-    def start(self, train_loader, val_loader, about: dict, evaluated: int = -1) -> None:
-        """Print the summary, open the log, start the logger, and append the line that tells what runs.
+    def start(self, val_loader, about: dict, evaluated: int = -1) -> None:
+        """Open the log, start the logger, and append the line that tells what runs.
 
-        There is no train_loader if nothing is trained. `about` is what describe_start() returns, and why dtype and
-        compile were chosen. If the run is resumed, lines past that step are dropped, and of evaluations those past
-        `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
+        `about` is what describe_start() returns. If the run is resumed, lines past that step are dropped, and of
+        evaluations those past `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
         """
-        self.print_summary(train_loader, val_loader, about)
         step = -1 if about["resumed_from"] is None else about["resumed_from"]
+        self.command = about["command"]
         self.world.from_rank0(lambda: self.open(step, evaluated))
         self.finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
         if self.world.rank == 0 and not self.finished:
@@ -293,19 +268,18 @@ class RunLog:
         does not count, as a smaller scale can cure it.
         """
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        self.steps_here += 1  # the first step of a process compiles and warms up: the average forgets it
-        self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds
-        last, tokens = self.config.max_steps, step * self.config.total_batch_size
-        tok_per_s, mfu = self.config.total_batch_size / seconds, self.flops_per_step / seconds / self.peak
+        tokens, tok_per_s = step * self.config.total_batch_size, self.config.total_batch_size / seconds
+        mfu = self.flops_per_step / seconds / (self.peak * self.world.world_size) if self.peak else None
         if self.config.dtype != "float16":
             scale = None
         overflow = skipped and scale is not None and scale >= 1 and math.isfinite(loss)
         reason = f"overflow at a gradient scale of {scale:,.0f}" if overflow else "not finite"
-        print0(f"step {step:>{len(str(last))}}/{last} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-               f"{seconds * 1000:,.0f} ms | {tok_per_s:,.0f} tok/s | MFU {mfu:.1%} | "
-               f"ETA {clock(self.seconds * (last - step))}{f' | skipped: {reason}' if skipped else ''}")
-        self.write("train", step=step, tokens=tokens, loss=loss, lr=lr, norm=norm, dt_ms=seconds * 1000,
-                   data_ms=data_seconds * 1000, tok_per_s=tok_per_s, mfu=mfu,
+        values = dict(loss=loss, lr=lr, norm=norm, dt_ms=seconds * 1000, data_ms=data_seconds * 1000,
+                      tok_per_s=tok_per_s, mfu=mfu)
+        self.lines.count(seconds)
+        if skipped or self.lines.is_due(step):
+            print0(self.lines.format(step, values, f"skipped: {reason}" if skipped else ""))
+        self.write("train", step=step, tokens=tokens, **values,
                    **({"scale": scale} if scale is not None else {}), **({"skipped": True} if skipped else {}))
         self.bad_steps = self.bad_steps + (not overflow) if skipped else 0
         if self.bad_steps == 5:
@@ -316,11 +290,11 @@ class RunLog:
                 f"{' or --dtype float32' if scale is not None else ''} with another --out_dir")
 
     def _at(self, step: int) -> str:
-        return f"step {step}/{self.config.max_steps}" if self.trains else f"step {step}"
+        return self.lines.at(step) if self.trains else f"step {step}"
 
     def val(self, step: int, loss: float) -> None:
         """Log the validation loss after `step` steps."""
-        print0(f"{self._at(step)} | validation loss {loss:.4f}")
+        print0(bold(f"{self._at(step)} | validation loss {loss:.4f}"))
         self.write("val", step=step, loss=loss)
         seconds = time.perf_counter() - self.drawn
         draws = self.trains and step < self.config.max_steps  # the last picture is drawn at the end
@@ -339,7 +313,10 @@ class RunLog:
         from plumbing import curve, report
 
         report.write_report(self.config.out_dir)
-        self.remark = report.remark(curve.read_log(self.path))
+        lines = curve.read_log(self.path)
+        self.remark = report.remark(lines)
+        first = next((line for line in lines if line["kind"] == "val" and line["loss"] is not None), {"step": -1})
+        self.first_loss = f"{first['loss']:.4f} -> " if first["step"] == 0 else ""
 
     def hellaswag(self, step: int, result: dict) -> None:
         """Log HellaSwag after `step` steps, as hellaswag.evaluate() gives it."""
@@ -360,24 +337,26 @@ class RunLog:
         self._track(lambda: self.tracker.close())
 
     def _last_words(self, step: int, val_loss: float, stopped: bool) -> None:
-        """Print the result, draw loss.png and write report.md; or say how to continue."""
-        took = clock(time.perf_counter() - self.started)
+        """Draw loss.png and write report.md; print the result, or how to continue, and what else to do."""
+        config, took = self.config, clock(time.perf_counter() - self.started)
         if stopped:
-            print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command continues from there")
+            print0(f"stopped after step {step:,} of {config.max_steps:,}; the same command continues from there:\n"
+                   f"  {screen.here(self.command)}")
             return
         if not self.trains:
+            model = config.init_from or config.out_dir
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
+            print0("\n".join(screen.commands_to_go_on(model, config.sample_prompt)))
             return
         if self.world.rank == 0:
             self._try("loss.png", self._draw)
             self._try("report.md", self._report)
-        tokens = step * self.config.total_batch_size
+        tokens = step * config.total_batch_size
         files = [name for name in ("checkpoints", "log.jsonl", "loss.png", "report.md") if name not in self.failed]
-        result = f"finished: validation loss {val_loss:.4f}{self.remark} after {step:,} steps and {tokens:,} tokens"
-        if self.finished:
-            print0(f"already {result}; {', '.join(files)} in {self.config.out_dir}")
-            return
-        print0(f"{result}, {took} since the start; {', '.join(files)} in {self.config.out_dir}")
-        if Path(self.config.data).name == "input.txt":
-            print0("this was a small text; for GPT-2 124M itself run python fineweb.py, which puts 10 billion tokens "
-                   "of FineWeb-Edu into edu_fineweb10B/, and python train_gpt2.py again, on a GPU")
+        already, since = ("already ", "") if self.finished else ("", f" in {took}")
+        print0(bold(f"{already}finished: validation loss {self.first_loss}{val_loss:.4f}{self.remark} after {step:,} "
+                    f"steps and {tokens:,} tokens{since}") + f"; {', '.join(files)} in {config.out_dir}")
+        print0("\n".join(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir)))
+        if Path(config.data).name == "input.txt" and not self.finished:
+            print0("this was a small text; for GPT-2 124M itself, on a GPU: python fineweb.py, which writes 10 billion "
+                   "tokens of FineWeb-Edu to edu_fineweb10B/, then python train_gpt2.py")

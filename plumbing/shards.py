@@ -1,7 +1,7 @@
 """Token files: shards of fineweb.py, llm.c, modded-nanogpt and nanoGPT, and text files. Each is checked when opened.
 
     open_tokens(data, split, out_dir, world)    [(name, tokens), ...] for a folder of shards or a text file
-    read_ahead(tokens, start, stop)             has the system read tokens before they are needed
+    read_ahead(loader, first, count)            has the system read micro-batches before they are needed
 
 Tokens are uint16 arrays, or a Shard, which is sliced as one and reads only the slice: opening ten billion tokens reads
 a few pages.
@@ -160,10 +160,13 @@ def check_same(state: dict, train_loader, val_loader) -> None:
             raise DataError(f"the {split} data have other tokens than when the run began: {remedy}")
 
 
-def read_ahead(tokens: np.ndarray | Shard, start: int, stop: int) -> None:
-    """Ask the system to read tokens[start:stop] of a shard from the disk, and return at once."""
-    if isinstance(tokens, Shard):
-        tokens.read_ahead(start, stop)
+def read_ahead(loader, first: int, count: int) -> None:
+    """Have the system read `count` micro-batches of a loader from the disk, from number `first` on; returns at once."""
+    for i in range(first, first + count):
+        for shard, start in loader.locate(i):
+            tokens = loader.shards[shard]
+            if isinstance(tokens, Shard):  # otherwise they are in memory
+                tokens.read_ahead(start, start + loader.T + 1)
 
 
 def count_documents(data, loaders: list) -> int:

@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
 TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 micro-steps
     "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "total_batch_size": 128, "micro_batch_size": 4,
     "max_steps": 6, "warmup_steps": 2, "max_lr": 0.01, "min_lr": 0.001, "val_every": 3, "val_tokens": 320,
-    "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 2, "dtype": "float32", "device": "cpu",
+    "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 2, "log_every": 1, "dtype": "float32", "device": "cpu",
 }
 
 

@@ -195,13 +195,14 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 def test_the_windows_announced_are_those_of_the_next_step(world_size, shuffle, shard_folder, monkeypatch):
     """Over two epochs, for each rank; and announcing them changes no token."""
     announced = []
-    monkeypatch.setattr(shards, "read_ahead", lambda tokens, start, stop: announced.append(tuple(tokens[start:stop])))
+    monkeypatch.setattr(shards.Shard, "read_ahead",
+                        lambda shard, start, stop: announced.append(tuple(shard[start:stop])))
     for rank in range(world_size):
         loader, silent = (make_loader(shard_folder, "train", 4, 16, rank, world_size, seed=5, shuffle=shuffle)
                           for _ in range(2))
         for first in range(0, 75, 3):
             announced.clear()
-            loader.prefetch(first, 3)
+            shards.read_ahead(loader, first, 3)
             read = take(loader, 3, first)
             assert announced == [(*x, y[-1]) for x, y in read]
             assert read == take(silent, 3, first)
@@ -233,7 +234,7 @@ def test_an_announced_window_comes_into_memory_before_it_is_read(suffix, tmp_pat
 
     if any(resident()):
         pytest.skip("the file system of the temporary folder keeps all of it in memory")
-    shards.read_ahead(shard, start, stop)
+    shard.read_ahead(start, stop)
     end = time.monotonic() + 30
     while not all(resident()):
         assert time.monotonic() < end, "it has not been read within 30 s"

@@ -52,7 +52,7 @@ def test_greedy_text_is_that_of_transformers(folder):
     result = write(folder, "--prompt", "Once upon a time", "--max_new_tokens", "40", "--temperature", "0")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "Once upon a time" + gpt2_encoding().decode(tokens) + "\n"
-    assert "float32: as configured" in result.stderr and "(40 tokens in" in result.stderr
+    assert "1 thread, float32\n" in result.stderr and "(40 tokens in" in result.stderr
 
 
 def test_it_stops_at_the_end_of_the_text(folder, tmp_path):

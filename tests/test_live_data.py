@@ -56,7 +56,7 @@ def test_a_shard_that_changes_while_it_is_in_use_is_named(how, suffix, tmp_path)
     change(path, how)
     with pytest.raises(DataError, match=f"shard {path} (was changed|is gone or was moved) while it was in use"):
         for i in range(1, 40):
-            loader.prefetch(i, 1)
+            shards.read_ahead(loader, i, 1)
             loader.batch(i)
 
 

@@ -127,7 +127,7 @@ def test_dtype_is_bfloat16_or_float16_or_float32_by_what_the_card_multiplies(car
                               ((7, 0), torch.float16), ((6, 1), torch.float32)):
         card(capability=capability)
         assert machine.pick_dtype("auto", GPU)[0] == dtype
-        assert machine.pick_dtype("float32", GPU) == (torch.float32, "as configured")
+        assert machine.pick_dtype("float32", GPU) == (torch.float32, "")
 
 
 def test_autocast_multiplies_in_its_dtype_and_can_be_entered_twice():
@@ -253,14 +253,16 @@ def test_memory_that_runs_out_is_recognised_in_the_words_of_every_library():
 
 
 def test_the_peak_is_the_table_s_or_measured_on_random_numbers(card, monkeypatch):
-    machine.peak_flops.cache_clear()
+    machine.measured_peak.cache_clear()
     card()
-    assert machine.peak_flops(GPU, torch.bfloat16) == 989e12 and machine.peak_flops(GPU, torch.float32) == 989e12 / 2
+    assert machine.known_peak(GPU, torch.bfloat16) == 989e12 and machine.known_peak(GPU, torch.float32) == 989e12 / 2
     card(capability=(7, 5), name="Tesla T4")
-    assert machine.peak_flops(GPU, torch.float16) == 65e12
+    assert machine.known_peak(GPU, torch.float16) == 65e12
+    card(name="NVIDIA of tomorrow")
+    assert machine.known_peak(GPU, torch.bfloat16) is machine.known_peak(torch.device("cpu"), torch.float32) is None
     factors, product = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: factors.append(a) or product(a, b))
-    assert machine.peak_flops(torch.device("cpu"), torch.float32) > 1e8
+    assert machine.measured_peak(torch.device("cpu"), torch.float32) > 1e8
     assert len(factors) == 4 and all(0.9 < factor.std() < 1.1 for factor in factors)
 
 

@@ -75,7 +75,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
     result = run(flags(data=shard_folder, out_dir=out, sample_every=3))
     assert result.returncode == 0, result.stderr
     assert "128 = 4 x 16 x 1 rank x 2 micro-steps" in result.stdout
-    assert "new weights" in result.stdout and "ETA" in result.stdout and "tok/s" in result.stdout
+    assert "new weights" in result.stdout and "ETA" in result.stdout and "tokens/s" in result.stdout
     assert [line["step"] for line in read_log(out, "val")] == [0, 3, 6]
     assert [line["step"] for line in read_log(out, "sample")] == [0, 3, 6]
     lines = read_log(out, "train")
@@ -185,7 +185,7 @@ def test_a_step_waits_for_the_device_once(dtype, shard_folder, tmp_path, monkeyp
     for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), reads))
     counts = []
-    machine.peak_flops(torch.device("cpu"), getattr(torch, dtype))  # reads a clock, once per process
+    machine.measured_peak(torch.device("cpu"), getattr(torch, dtype))  # reads a clock, once per process
     for max_steps in (5, 15):
         reads.clear()
         train_in_process(tmp_path, data=shard_folder, max_steps=max_steps, val_every=0, checkpoint_every=0,

@@ -1,0 +1,153 @@
+"""What is about to run, said before it runs: size, time, warnings, and a refusal of what makes no sense here.
+
+    make_plan(config, model, world, ...)    what the run will need
+    rows(config, model, world, ...)         the summary, {topic: text}
+    warnings(config, plan)                  what is unusual
+    check(config, plan, world, about)       raises UserError if this machine cannot hold it, or finish it in a week
+"""
+import os
+import shlex
+from dataclasses import dataclass
+
+from plumbing import machine, shards
+from plumbing.cli import UserError, plural, reasoned
+
+EPOCHS = 4  # up to here repeated data are worth almost as much as new ones (Muennighoff et al. 2023)
+DAY = 86_400  # seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need from here on."""
+    steps: int  # optimizer steps still to do
+    epochs: float  # of the whole run
+    seconds: float  # training and validation
+    val_seconds: float  # validation alone
+    state_bytes: int  # weights, gradients and the optimizer's state, per rank
+    pass_bytes: int  # what one forward and backward pass keeps, per rank
+
+
+def make_plan(config, model, world, loaders: tuple, about: dict) -> Plan:
+    """Estimate what a run will need; `loaders` are those for training (None if it only evaluates) and validation."""
+    train_loader, val_loader = loaders
+    steps, epochs, validations = 0, 0.0, 1
+    if train_loader:
+        steps = config.max_steps - about["first_step"]
+        epochs = config.max_steps * config.total_batch_size / (train_loader.n_windows * config.sequence_length)
+        validations = 1 + (steps // config.val_every if config.val_every else 1) if steps else 0
+    T, shape = config.sequence_length, model.config
+    val_tokens = min(config.val_tokens, val_loader.n_windows * T)
+    flops = machine.flops_per_token(model, T)
+    val_seconds = validations * val_tokens * flops / 3 / about["flops_per_s"]  # a forward pass is a third of it
+    floats = 3 * shape.vocab_size + 18 * shape.n_layer * shape.n_embd  # per token: logits and their gradient, blocks
+    return Plan(steps, epochs, val_seconds + steps * config.total_batch_size * flops / about["flops_per_s"],
+                val_seconds, 16 * model.count_parameters(), 4 * floats * config.micro_batch_size * T)
+
+
+def rows(config, model, world, loaders: tuple, about: dict) -> dict[str, str]:
+    """Return the summary of a run, {topic: text}."""
+    train_loader, val_loader = loaders
+    shape, T, ranks = model.config, config.sequence_length, world.world_size
+    plan = make_plan(config, model, world, loaders, about)
+    data = f"{val_loader.n_windows:,} windows of {T:,} tokens to validate"
+    if train_loader:
+        order = "shuffled" if config.shuffle else "in file order"
+        data = (f"{train_loader.n_windows:,} windows of {T:,} tokens to train on, {val_loader.n_windows:,} to "
+                f"validate, {order}")
+    if documents := shards.count_documents(config.data, [loader for loader in loaders if loader]):
+        data = f"{documents:,} {plural(documents, 'document')} in {data}"
+    result = {
+        "device": machine.describe_device(world.device),
+        "dtype": reasoned(config.dtype, about["dtype"]),
+        "compile": reasoned("yes" if config.compile else "no", about["compile"]),
+        "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary of "
+                 f"{shape.vocab_size:,}: {model.count_parameters():,} parameters, {about['origin']}",
+        "data": f"{config.data}: {data}",
+    }
+    if train_loader:
+        micro_steps = config.total_batch_size // (config.micro_batch_size * T * ranks)
+        last = f" in the last {config.decay_steps:,} steps" if config.decay_steps else ""
+        result |= {
+            "batch": f"{config.total_batch_size:,} = {config.micro_batch_size} x {T:,} x {ranks} "
+                     f"{plural(ranks, 'rank')} x {micro_steps} {plural(micro_steps, 'micro-step')}",
+            "schedule": f"{config.max_steps:,} {plural(config.max_steps, 'step')}, "
+                        f"{config.max_steps * config.total_batch_size:,} tokens = {plan.epochs:.2f} epochs",
+            "learning": f"{config.optimizer}, rate {config.max_lr:g} -> {config.min_lr:g} ({config.decay}{last}) after "
+                        f"{config.warmup_steps:,} {plural(config.warmup_steps, 'step')} of warmup",
+            "memory": describe_memory(plan, world),
+        }
+    if train_loader is None or plan.steps:
+        share = f", {plan.val_seconds / plan.seconds:.0%} of it validation" if train_loader else ""
+        result["time"] = (f"about {duration(plan.seconds)}{share}, if {machine.ASSUMED_SHARE:.0%} of the peak speed is "
+                          "reached")
+    return result | ({"output": config.out_dir} if train_loader else {})
+
+
+def describe_memory(plan: Plan, world) -> str:
+    """Say how much memory each rank needs, in MiB or GiB."""
+    text = f"{size(plan.state_bytes)} for weights, gradients and optimizer"
+    if world.device.type == "cuda":
+        return f"{text}, the rest for activations"
+    return f"{text}, about {size(plan.pass_bytes)} for activations"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes in MiB, from 10 GiB on in GiB."""
+    return f"{count / 2**20:,.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Format a rough duration with a suitable unit: seconds, minutes, hours, days or years."""
+    for unit, length, least in (("year", 365 * DAY, 1), ("day", DAY, 2), ("hour", 3600, 1), ("minute", 60, 2)):
+        if seconds >= least * length:
+            count = seconds / length
+            digits = 1 if count < 9.95 and unit != "minute" else 0
+            return f"{count:,.{digits}f} {unit}s"
+    return f"{max(1, round(seconds))} {plural(max(1, round(seconds)), 'second')}"
+
+
+def warnings(config, plan: Plan) -> list[str]:
+    """List what is unusual about a run that trains."""
+    found = []
+    if config.warmup_steps >= config.max_steps > 0:
+        found.append(f"the warmup of {config.warmup_steps:,} steps does not end within the run: try --warmup_steps "
+                     f"{config.max_steps // 10}")
+    if plan.epochs > EPOCHS:
+        fewer = int(config.max_steps * EPOCHS / plan.epochs)
+        found.append(f"{plan.epochs:,.1f} epochs: after {EPOCHS} a model learns texts by heart rather than from them; "
+                     f"--max_steps {max(1, fewer)} is {EPOCHS} epochs, or use more data")
+    if plan.seconds > 2 * DAY:
+        found.append(f"this takes about {duration(plan.seconds)} here")
+    return found
+
+
+def check(config, plan: Plan, world, about: dict) -> None:
+    """Raise UserError if this machine cannot hold a run or finish it within a week, with a command that makes sense.
+
+    --yes leaves it to the user.
+    """
+    if config.yes or not plan.steps:
+        return
+    needed = (plan.state_bytes + plan.pass_bytes) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = machine.memory_bytes()
+    if world.device.type == "cpu" and needed > here:
+        problem = f"this run needs about {size(needed)} of memory, and this machine has {size(here)}"
+    elif plan.seconds > 7 * DAY:
+        problem = f"this run would take about {duration(plan.seconds)} here ({world.device.type})"
+    else:
+        return
+    raise UserError(f"{problem}: {advise(config, plan, world, about)}, or add --yes to start it all the same")
+
+
+def advise(config, plan: Plan, world, about: dict) -> str:
+    """Return what makes sense instead of a run that is too large for this machine."""
+    if about["resumed_from"] is not None:
+        return "continue it on a faster machine"
+    new = not (config.init_from or config.branch_from)
+    if world.device.type != "cuda" and new and plan.state_bytes > 2**28:
+        command = shlex.join(["python", "train_gpt2.py", "--preset", "demo", "--data", config.data])
+        return f"train it on a GPU, try `{command}` here, a model of 3 million parameters"
+    steps = int(config.max_steps * min(2 * DAY / plan.seconds, EPOCHS / plan.epochs))
+    if steps < 1:
+        return "train it on a GPU"
+    return f"`{about['command']} --max_steps {steps}` takes about {duration(plan.seconds * steps / config.max_steps)}"
