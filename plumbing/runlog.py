@@ -363,7 +363,9 @@ class RunLog:
         """Print the result, draw loss.png and write report.md; or say how to continue."""
         took = clock(time.perf_counter() - self.started)
         if stopped:
-            print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command continues from there")
+            has_begun = checkpoint.listing(self.config.out_dir)  # a branch's first steps are another run's
+            print0(f"stopped after step {step:,} of {self.config.max_steps:,}: the same command continues from there"
+                   if has_begun else "stopped before the first step: the same command begins again")
             return
         if not self.trains:
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
