@@ -66,7 +66,8 @@ class Progress:
                 bar.n = self.done
                 bar.refresh()
                 if self.ended.wait(REDRAW):
-                    return
+                    break
+        print("\r", end="", file=bar.fp, flush=True)  # below another bar, tqdm leaves the cursor at the end of a line
 
     def line(self) -> str:
         """Say what is under way, how much of it is done, and how long it has taken and will take."""
@@ -143,11 +144,13 @@ def load_tqdm():
         monitor_interval = 0
 
         def __init__(self, *arguments, **options):
-            place = {"dynamic_ncols": True, "mininterval": REDRAW}
+            place = {"ncols": 80, "nrows": 24, "mininterval": REDRAW if is_screen() else LINE_EVERY}
             if in_notebook():
-                place |= {"file": sys.stdout, "dynamic_ncols": False, "ncols": 80}
+                place["file"] = sys.stdout
             elif not is_screen():
-                place = {"file": Lines(), "ncols": 100, "mininterval": LINE_EVERY}
+                place["file"] = Lines()
+            elif os.get_terminal_size(sys.stderr.fileno()).columns:  # some terminals do not tell
+                place |= {"ncols": None, "nrows": None, "dynamic_ncols": True}
             hidden = {} if is_shown() else {"disable": True}
             super().__init__(*arguments, **{**options, "miniters": 0, **place, **hidden})
 

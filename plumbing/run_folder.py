@@ -159,8 +159,11 @@ def write(run, state: dict, required: bool = False, name: str = "") -> bool:
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
     rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
-    A run that diverges keeps its good ones. Returns False on rank 0 if it was not written.
+    A run that diverges keeps its good ones. Returns False on rank 0 if it was not written. The checkpoint that the run
+    has just been resumed from is not written again.
     """
+    if state["step"] == run.start["resumed_from"] and not required and not name:
+        return True
     def action() -> bool:
         try:
             run.log.keep_folder()

@@ -10,6 +10,7 @@ from test_train import PoisonedLoss, assert_same_run, final_state, same, train_i
 
 import train_gpt2
 from plumbing import checkpoint
+from plumbing.cli import Stopped
 
 EACH = {"dtype": "float16", "checkpoint_every": 1, "keep_checkpoints": 99}
 
@@ -128,9 +129,12 @@ def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypa
         if name == "resumed":
             (out / "model_000006.pt").unlink()
         with monkeypatch.context() as patched:
-            patched.setattr(train_gpt2.RunLog, "print_summary", lambda *arguments: signal.raise_signal(signal.SIGTERM))
-            train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
-        assert f"stopped after step {0 if name == 'fresh' else 4} of 6" in capsys.readouterr().out
+            patched.setattr(train_gpt2.Run, "loop", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Stopped):
+                train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
+        said = "stopped before the first step: the same" if name == "fresh" else "stopped after step 4 of 6: the same"
+        assert said in capsys.readouterr().out
+        assert (out / "model_000004.pt").exists() == (name == "resumed") and not (out / "model_000000.pt").exists()
         train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
     assert final_state(out)["scaler"]["_growth_tracker"] == 6
 
