@@ -195,7 +195,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 def test_the_windows_announced_are_those_of_the_next_step(world_size, shuffle, shard_folder, monkeypatch):
     """Over two epochs, for each rank; and announcing them changes no token."""
     announced = []
-    monkeypatch.setattr(shards, "read_ahead", lambda tokens, start, stop: announced.append(tuple(tokens[start:stop])))
+    monkeypatch.setattr(shards, "read_ahead", lambda tokens, start, stop, *_, **__: announced.append(
+        tuple(tokens[start:stop])))
     for rank in range(world_size):
         loader, silent = (make_loader(shard_folder, "train", 4, 16, rank, world_size, seed=5, shuffle=shuffle)
                           for _ in range(2))

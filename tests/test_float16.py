@@ -20,8 +20,8 @@ def poison(monkeypatch):
     """Call it with numbers of steps, counted from 1 in each process, whose gradient shall not be finite."""
     original, state = train_gpt2.GPT.forward, {"calls": 0, "steps": set()}
 
-    def poisoned(self, idx, targets=None, cache=None):
-        loss = original(self, idx, targets, cache)
+    def poisoned(self, idx, targets=None, *more, **options):
+        loss = original(self, idx, targets, *more, **options)
         if targets is None or not loss.requires_grad:
             return loss
         state["calls"] += 1  # of which a step has two
@@ -85,8 +85,8 @@ def test_an_overflow_of_the_forward_pass_is_no_overflow_that_a_scale_mends(shard
 
 def test_a_bad_loss_with_a_good_gradient_is_no_overflow(shard_folder, tmp_path, monkeypatch):
     original = train_gpt2.GPT.forward
-    monkeypatch.setattr(train_gpt2.GPT, "forward", lambda *arguments: (
-        (loss := original(*arguments)) + (math.nan - loss).detach()))
+    monkeypatch.setattr(train_gpt2.GPT, "forward", lambda *arguments, **options: (
+        (loss := original(*arguments, **options)) + (math.nan - loss).detach()))
     with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 5 "):
         train_in_process(tmp_path, data=shard_folder, dtype="float16", max_steps=50)
 
