@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 
@@ -20,7 +21,7 @@ import train_gpt2
 from plumbing import checkpoint, run_folder
 from plumbing.cli import Stopped
 from plumbing.tokenizer import encode, gpt2_encoding
-from train_gpt2 import PRESETS, TrainConfig, main, parse_args
+from train_gpt2 import PRESETS, TrainConfig, get_lr, main, parse_args
 
 PAGE = ROOT / "docs" / "python.md"
 
@@ -85,10 +86,10 @@ def test_runs_one_after_another_leave_nothing_behind_and_are_those_of_their_own(
     precision = torch.get_float32_matmul_precision()
 
     main(config(shard_folder, tmp_path / "strict", deterministic=True))
-    with pytest.raises(OSError, match="no checkpoint nothing.pt"):
+    with pytest.raises(OSError, match=r"no checkpoint nothing\.pt"):
         main(config(shard_folder, tmp_path / "none", branch_from="nothing.pt", max_steps=4))
     with monkeypatch.context() as patched:
-        patched.setattr(train_gpt2, "get_lr", lambda step, *_, **__: 1 / (3 - step))
+        patched.setattr(train_gpt2, "get_lr", lambda step, *rest, **__: get_lr(step, *rest) + 0 / (3 - step))
         with pytest.raises(ZeroDivisionError):
             main(config(shard_folder, tmp_path / "out"))
     with monkeypatch.context() as patched:
@@ -108,6 +109,17 @@ def test_runs_one_after_another_leave_nothing_behind_and_are_those_of_their_own(
     for folder in tmp_path.iterdir():
         with run_folder.lock(folder):  # each is free
             pass
+
+
+def test_drawing_leaves_the_back_end_of_a_notebook_to_the_notebook(tmp_path):
+    code = ("import os, sys\nfrom plumbing.curve import draw\n"
+            "draw({'a': [{'kind': 'val', 'step': 1, 'loss': 2.0}]}, 'loss.png')\n"
+            "import matplotlib\nprint(os.environ.get('MPLBACKEND'), matplotlib.get_backend(auto_select=False))\n"
+            "print('matplotlib.pyplot' in sys.modules)")
+    for named, backend in (("svg", "svg"), ("no_such", None), ("", None)):
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={
+            **os.environ, "PYTHONPATH": python_path(), "MPLBACKEND": named})
+        assert result.stdout.splitlines() == [f"{named} {backend}", "False"], result.stderr
 
 
 def interrupt_at(patched, step: int) -> None:
