@@ -130,7 +130,7 @@ def in_notebook() -> bool:
 
 def is_screen() -> bool:
     """Return whether a person watches, and a line can be drawn anew."""
-    return in_notebook() or sys.stderr.isatty()
+    return in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def load_tqdm():
