@@ -29,6 +29,7 @@ import torch
 from plumbing import models, report, transformers_format, upload
 from plumbing.cli import UserError, check_values, parse_flags, run_command
 from plumbing.model_tokenizer import END, tokenizer_of
+from plumbing.progress import busy
 from plumbing.tokenizer import VOCAB_SIZE, vocabulary_files
 from train_gpt2 import GPT, PADDED_VOCAB_SIZE
 
@@ -77,6 +78,7 @@ def load_again(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), f"transformers {transformers.__version__}"
 
 
+@busy("writing the model, loading it again and comparing the two")
 def export(model: GPT, folder: Path, card: str, tokenizer, rows: int) -> str:
     """Write the model, with so many `rows` of vocabulary, into an empty folder and load it; return what to print.
 

@@ -47,12 +47,13 @@ from plumbing.encode import encode_texts, make_encoder, warn_of_marks
 from plumbing.files import DataError, lock, sha256
 from plumbing.hub_files import list_bin_files, parse_dataset
 from plumbing.manifest import Manifest, ShardWriter, verify
-from plumbing.network import patiently, progress_bar
+from plumbing.network import patiently
+from plumbing.progress import load_tqdm, progress_bar
 from plumbing.resuming import Position, check_source, join_pieces, list_source, next_position
 from plumbing.shards import FINEWEB_EDU, open_shard
 from plumbing.sources import File, estimate_tokens
 from plumbing.texts import read_texts
-from plumbing.threads import count_cores, map_in_order, prefetch
+from plumbing.threads import count_cores, in_background, map_in_order, prefetch
 from plumbing.tokenizer import SHA256
 
 MAX_THREADS = 8  # threads that tokenize, by default: the one thread that reads can feed no more
@@ -309,9 +310,10 @@ def download(config: FineWebConfig) -> None:
     check_disk(config, missing, f"{len(wanted)} {plural(len(wanted), 'shard')} of {config.download}")
     manifest.begin(manifest.values | {"revision": commit})
     fetch = functools.partial(snapshot_download, dataset.repository, repo_type="dataset", revision=commit,
-                              local_dir=config.out, allow_patterns=[shard["name"] for shard in wanted])
+                              local_dir=config.out, allow_patterns=[shard["name"] for shard in wanted],
+                              tqdm_class=load_tqdm())
     try:
-        patiently(fetch, f"download {config.download}", config.retries, config.remedy)
+        patiently(functools.partial(in_background, fetch), f"download {config.download}", config.retries, config.remedy)
     except BaseException:
         manifest.drop_if_empty()
         raise

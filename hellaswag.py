@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from plumbing import cli, jsonl, machine, models, network, published, sampling, tokenizer
+from plumbing import cli, jsonl, machine, models, network, progress, published, sampling, tokenizer
 from plumbing.batching import Row, Work, assign_batches, make_batches, make_passes
 from plumbing.cli import Dtype, Stopped, UserError, print0
 from plumbing.ranks import World, processes
@@ -266,20 +266,19 @@ def sum_losses(model, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses.view(R, T).sum(dim=1)
 
 
-def score_work(model, work: list[Work], batch_tokens: int, world: World, progress) -> np.ndarray:
+def score_work(model, work: list[Work], batch_tokens: int, world: World) -> np.ndarray:
     """Score all examples, each on one of the ranks -> summed losses (n, 4) in nats, the same on every rank.
 
     Raises UserError if memory runs out, and Stopped on every rank if one of them has received a signal.
     """
     batches = assign_batches(make_batches(work, batch_tokens), world.world_size)[world.rank]
-    scored, done, n_rows = [], 0, sum(len(item.rows) for batch in batches for item in batch)
+    scored, n_rows = [], sum(len(item.rows) for batch in batches for item in batch)
     passes = (result for batch in batches for result in score_batch(model, batch, batch_tokens, world.device))
     try:
-        with world.autocast:
+        with world.autocast, progress.counted("HellaSwag", n_rows, "endings") as count:
             for rows, losses in passes:
                 scored.append((rows, losses))  # copied to the host at the end, so that the device never waits for it
-                done += len(rows)
-                progress(done / n_rows)
+                count(len(rows))
                 if world.stop.is_set():
                     break
     except (RuntimeError, MemoryError) as error:
@@ -302,13 +301,13 @@ def score_work(model, work: list[Work], batch_tokens: int, world: World, progres
 
 @torch.no_grad()
 def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_tokens: int = 0,
-             style: Style = "completion", progress=lambda share: None) -> dict:
+             style: Style = "completion") -> dict:
     """Score `examples` (dicts in HellaSwag's schema) with a GPT; the ranks share the work and all get the result.
 
     Returns acc and acc_norm, each with its standard error (`acc_stderr`, `acc_norm_stderr`), n, `cut` (examples whose
     context lost tokens to fit the block), `seconds`, and lists with an entry per example: `predictions`, the ending
     that acc_norm chooses, `acc_predictions`, `losses`, the mean loss per token of each ending in nats, and `tokens` of
-    each ending. acc and acc_norm are nan if a loss is not finite. `progress` is called with the share that is done.
+    each ending. acc and acc_norm are nan if a loss is not finite.
 
     Raises UserError for an example that cannot be scored and if memory runs out, and Stopped on every rank if one of
     them has received a signal.
@@ -319,7 +318,8 @@ def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_
     if style not in get_args(Style):
         raise UserError(f"no style {style!r}, it must be {' or '.join(get_args(Style))}")
     work, labels, tokens, divisors, cut = [], [], [], [], 0
-    for i, example in enumerate(examples):
+    for i, example in enumerate(progress.track(examples, "encoding HellaSwag", "examples")):
+        world.check_stop()
         check_example(example, f"example {i + 1}", style)
         context, endings, lengths = encode_example(example, style)
         if max(map(max, (context, *endings))) >= model.config.vocab_size:
@@ -331,7 +331,7 @@ def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_
         cut += len(context) + max(tokens[-1]) > model.config.block_size + 1
     if not work:
         raise UserError("there are no examples to score")
-    sums = score_work(model, work, batch_tokens, world, progress)  # (n, 4)
+    sums = score_work(model, work, batch_tokens, world)  # (n, 4)
     predictions = {"acc": sums.argmin(axis=1), "acc_norm": (sums / divisors).argmin(axis=1)}  # (n,) each
     result = {"n": len(work), "cut": cut, "predictions": predictions["acc_norm"].tolist(),
               "acc_predictions": predictions["acc"].tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens,
@@ -384,9 +384,7 @@ def main(argv: list[str]) -> None:
                   f"{config.style} style; {machine.describe_device(world.device)}, "
                   f"{cli.reasoned(str(dtype).removeprefix('torch.'), why)}", flush=True)
         world = dataclasses.replace(world, autocast=machine.autocast(dtype, world.device))
-        with network.progress_bar(len(examples), 0, " examples", quiet=world.rank > 0) as bar:
-            result = evaluate(model, examples, world, config.batch_tokens, config.style,
-                              lambda share: bar.update(int(share * len(examples)) - bar.n))
+        result = evaluate(model, examples, world, config.batch_tokens, config.style)
         if math.isnan(result["acc"]):
             raise FloatingPointError(f"{config.model} gives losses that are not finite: use --dtype float32, or "
                                      "name an earlier checkpoint")

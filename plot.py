@@ -15,6 +15,7 @@ from typing import Literal
 
 from plumbing.cli import UserError, check_values, parse_flags, require, run_command
 from plumbing.curve import draw, read_log
+from plumbing.progress import busy, track
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -47,13 +48,14 @@ def read_losses(name: str) -> list[dict]:
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     config = PlotConfig(**parse_flags(PlotConfig, argv, "Draw the log of one or more runs.", positional=("runs",)))
-    logs = {name: read_losses(name) for name in config.runs}
+    logs = {name: read_losses(name) for name in track(config.runs, "reading logs", "runs")}
     out = Path(config.out or "loss.png")
     if not config.out and len(logs) == 1:
         run = Path(config.runs[0])
         out = (run if run.is_dir() else run.parent) / "loss.png"
     try:
-        draw(logs, out, config.x)
+        with busy("drawing"):
+            draw(logs, out, config.x)
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror}): choose another --out") from error
     print(out)

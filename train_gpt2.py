@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import hellaswag
-from plumbing import checkpoint, cli, files, machine, models, run_folder, shards
+from plumbing import checkpoint, cli, files, machine, models, progress, run_folder, shards
 from plumbing.ranks import World, processes
 from plumbing.runlog import RunLog, describe_start
 from plumbing.sampling import sample_text
@@ -352,8 +352,8 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, world: Wor
     """Return the mean loss in nats over the first val_tokens. Raises Stopped after a signal."""
     n_windows = max(1, min(val_tokens // loader.T, loader.n_windows))
     losses = [torch.zeros((), device=world.device)]
-    firsts = range(world.rank * loader.B, n_windows, world.world_size * loader.B)
-    for i, first in enumerate(firsts):  # first window of each batch of this rank
+    firsts = range(world.rank * loader.B, n_windows, world.world_size * loader.B)  # windows
+    for i, first in enumerate(progress.track(firsts, "validation", "batches")):  # of this rank
         if world.stop.is_set():
             break
         x, y = loader.batch(i)
@@ -461,12 +461,9 @@ class Run:
         return run_folder.write(self, state, required, name)
 
     def train(self) -> float:
-        """Train to the last step or the first signal; return the last validation loss."""
-        try:
-            self.loop()
-        except cli.Stopped:  # an unfinished step or evaluation is done again when resuming
-            self.save(required=True)
-        self.log.end(self.step, self.val_loss, stopped=self.evaluated < self.config.max_steps)
+        """Train to the last step; return the last validation loss. Raises Stopped after a signal."""
+        self.loop()
+        self.log.end(self.step, self.val_loss, stopped=False)
         return self.val_loss
 
     def loop(self) -> None:
@@ -486,7 +483,7 @@ class Run:
 
             t0, data_seconds = time.perf_counter(), 0.0
             loss_sum = torch.zeros((), device=world.device)
-            for micro_step in range(grad_accum_steps):
+            for micro_step in progress.track(range(grad_accum_steps), f"step {step + 1}", "micro-steps"):
                 if world.stop.is_set() and world.world_size == 1:
                     break  # sum_on_host() raises Stopped before this step changes anything
                 # gradients add up locally, so the ranks average them only once, at the end
@@ -583,7 +580,8 @@ def parse_args(argv: list[str]) -> TrainConfig:
 def main(config: TrainConfig) -> float:
     """Train, resuming what out_dir holds; return the last validation loss in nats per token.
 
-    Raises UserError or OSError for what the user can fix, FloatingPointError if the run diverges.
+    Raises UserError or OSError for what the user can fix, FloatingPointError if the run diverges,
+    Stopped (a KeyboardInterrupt) after a signal, when what has been done is saved.
     """
     trains = config.max_steps > 0 and not config.eval_only
     with (machine.explained_errors(config), cli.stop_signal(obey=trains) as stop,

@@ -259,13 +259,14 @@ def train(settings: dict) -> dict:
     train_gpt2.RunLog = WatchedLog
     train_gpt2.Run.evaluate = lambda run: None
     train_gpt2.Run.save = lambda run, **options: None
-    with tempfile.TemporaryDirectory() as out_dir, hold_memory(settings.get("held", 0)):
+    with (tempfile.TemporaryDirectory() as out_dir, hold_memory(settings.get("held", 0)),
+          contextlib.suppress(cli.Stopped)):
         train_gpt2.main(train_gpt2.TrainConfig(
             data=settings["data"], out_dir=settings.get("out_dir", out_dir), model=config.model, warmup_steps=20,
             sequence_length=config.sequence_length, total_batch_size=config.total_batch_size,
             micro_batch_size=settings.get("B", 0), val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
             compile=settings.get("compile", config.compile), device=config.device,
-            dtype=settings.get("dtype", "auto")))
+            dtype=settings.get("dtype", "auto"), yes=True))
     timed = seen[2:-1 if profiled else None] or seen[-1:]
     result = {key: [each[key] for each in seen] for key in ("seconds", "loss", "skipped")} | {
         "device": machine.describe_device(torch.device(config.device)), "dtype": chosen["dtype"],

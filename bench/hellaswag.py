@@ -26,7 +26,7 @@ from hellaswag import encode, evaluate, load_examples
 from plumbing import cli
 from plumbing.cli import Positive, UserError, parse_flags, run_command
 from plumbing.machine import describe_device
-from plumbing.network import progress_bar
+from plumbing.progress import progress_bar
 from plumbing.ranks import processes
 from plumbing.tokenizer import gpt2_encoding
 from train_gpt2 import GPT, GPTConfig

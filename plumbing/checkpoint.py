@@ -20,6 +20,7 @@ import torch
 from plumbing import foreign
 from plumbing.cli import explain, print0
 from plumbing.files import CheckpointError, atomic_write, check_inside, first_line
+from plumbing.progress import busy
 
 BEST = "best.pt"  # checkpoint with the lowest validation loss, beside the numbered ones
 KEYS = {"model": dict, "model_config": dict, "optimizers": list, "train_config": dict, "machine": dict, "data": dict,
@@ -38,7 +39,7 @@ def save(folder, step: int, state: dict, name: str = "") -> Path:
     path = Path(folder) / (name or f"model_{step:06d}.pt")
     try:
         remove_temporary(folder)  # as large as checkpoints: a killed writer's may be what has filled the disk
-        with atomic_write(path) as file:
+        with busy(f"writing {path}"), atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(f"cannot write {path}, is the disk full? Free space and run the same command again "
@@ -75,10 +76,11 @@ def load(path, verify: bool = True) -> dict:
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise FileNotFoundError
-        if verify:
-            check_archive(path)
-        kind = OtherContent
-        state = read_state(path)
+        with busy(f"reading {path}"):
+            if verify:
+                check_archive(path)
+            kind = OtherContent
+            state = read_state(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except MemoryError:

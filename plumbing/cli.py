@@ -17,8 +17,19 @@ class UserError(Exception):
     """Raised for what the user can mend. Commands print it as one line, without a traceback, and exit with code 2."""
 
 
-class Stopped(Exception):
-    """Raised on every rank when the ranks have agreed to stop, as one of them has received a signal."""
+class Stopped(KeyboardInterrupt):
+    """Raised after a signal: when all ranks have agreed to stop, or at once if one alone has nothing to lose.
+
+    As a KeyboardInterrupt it passes through libraries that catch every Exception.
+    """
+
+
+class StopFlag(threading.Event):
+    """Set when this process receives a signal, which also raises Stopped at once if at_once() is true by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_once = lambda: os.environ.get("WORLD_SIZE", "1") == "1"  # until training begins
 
 
 def end_quietly() -> None:
@@ -35,7 +46,7 @@ def run_command(main, *arguments):
     """Call main(*arguments) as a command.
 
     An error that the user can mend ends in one line on stderr and exit code 2, FloatingPointError (a run that diverged)
-    in one line and exit code 1. Bugs keep their traceback.
+    in one line and exit code 1. A training run that is stopped ends with exit code 0. Bugs keep their traceback.
     """
     if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:  # from end_quietly()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,6 +67,8 @@ def run_command(main, *arguments):
         main = record(main)
     try:
         return main(*arguments)
+    except Stopped as stop:  # what has been done is saved
+        return print0(*stop.args)
     except (UserError, OSError) as error:
         message, code = str(error), 2
     except ModuleNotFoundError as error:
@@ -208,16 +221,19 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def stop_signal(obey: bool = True):
-    """Yield an Event that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
+    """Yield a StopFlag that SIGTERM, Ctrl-C or a closed terminal sets; a second signal ends the process at once.
 
-    Without `obey` the first signal does, as there is nothing to save.
+    Without `obey` the first signal does, as there is nothing to save. In a thread other than the main one there are no
+    signals, and the flag is never set.
     """
-    stop = threading.Event()
+    stop = StopFlag()
 
     def handle(signum, frame):
         stop.set()
         for each in before:
             signal.signal(each, signal.SIG_DFL)
+        if stop.at_once():
+            raise Stopped("stopped before training began: the same command starts it again")
         with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
             os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
 
@@ -234,11 +250,18 @@ def stop_signal(obey: bool = True):
             signal.signal(signum, handler)
 
 
+def above_bars():
+    """Return a context in which tqdm's bars are off the terminal, so that what is printed has a line of its own."""
+    loaded = sys.modules.get("tqdm")
+    return loaded.tqdm.external_write_mode() if hasattr(loaded, "tqdm") else contextlib.nullcontext()
+
+
 def print0(*values) -> None:
     """Print on rank 0 only, flushed so that a pipe or a job's log file shows it at once."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and values:
         try:
-            print(*values, flush=True)
+            with above_bars():
+                print(*values, flush=True)
         except OSError:  # the reader of a pipe has gone: training continues, and log.jsonl has everything
             sys.stdout = open(os.devnull, "w")
 

@@ -4,11 +4,13 @@
     last(lines, kind)       returns the last line of a kind
     draw(runs, out, x)      draws one or more logs into a .png, .svg or .pdf
 """
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 from plumbing import published
@@ -116,14 +118,30 @@ def draw(runs: dict[str, list[dict]], out, x: str = "tokens") -> None:
         file.write(picture.getvalue())
 
 
+@contextlib.contextmanager
+def no_backend():
+    """Import matplotlib without the back end that MPLBACKEND names, which it may lack; a notebook's is kept for it."""
+    is_first, named = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+
+        if is_first and named:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = named
+        yield
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+
+
 def make_figure(runs: dict[str, list[dict]], x: str):
     """Make a matplotlib Figure of {name: lines of its log}, 800 pixels wide.
 
     Its panels share x: loss, HellaSwag if it was measured, learning rate.
     """
-    os.environ["MPLBACKEND"] = "agg"  # no window; importing matplotlib fails if this names a back end it lacks
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with no_backend():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     scored = any(line["kind"] == "hellaswag" for lines in runs.values() for line in lines)
     heights = [3.0, 1.3, 0.9] if scored else [3.0, 0.9]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from plumbing.cli import UserError, print0
+from plumbing.progress import busy
 
 
 class DataError(OSError):
@@ -131,7 +132,8 @@ class Lock:
                 if seconds == 0:
                     raise
                 print(f"{self.busy} {self.folder}: waiting for it", file=sys.stderr, flush=True)
-                self.held.acquire(timeout=seconds)
+                with busy("waiting"):
+                    self.held.acquire(timeout=seconds)
             self.identities = identity(self.path), identity(self.folder)
             if os.name == "posix":  # leads to the folder after it has been renamed
                 self.opened = os.open(self.folder, os.O_RDONLY)

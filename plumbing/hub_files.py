@@ -1,7 +1,11 @@
-"""Datasets on the Hugging Face hub: their names, the files in them, and their commits."""
+"""The Hugging Face hub: names of datasets, the files in them, their commits; and files of a model."""
 import re
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
+
+from plumbing.progress import busy, load_tqdm
+from plumbing.threads import in_background
 
 SITES = "huggingface.co", "www.huggingface.co", "hf.co"
 PAGES = "tree", "blob", "resolve", "raw"  # of a dataset, each followed by a revision and a path
@@ -52,6 +56,7 @@ def parse_dataset(name: str) -> Dataset | None:
     return Dataset(repository, unquote(revision) or None, folder or None)
 
 
+@busy("listing the files on the hub")
 def list_hub_files(dataset: Dataset) -> tuple[list[list], str]:
     """Return ([[hf:// address, bytes], ...], commit) for everything in the dataset's folder."""
     from huggingface_hub import HfApi, HfFileSystem
@@ -62,6 +67,7 @@ def list_hub_files(dataset: Dataset) -> tuple[list[list], str]:
     return [[f"hf://{name}", entry["size"]] for name, entry in found.items()], commit
 
 
+@busy("listing the files on the hub")
 def list_bin_files(dataset: Dataset) -> tuple[list, str]:
     """Return ([entry, ...], commit) for the .bin files at the top of the dataset.
 
@@ -72,3 +78,13 @@ def list_bin_files(dataset: Dataset) -> tuple[list, str]:
     commit = HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha
     entries = HfApi().list_repo_tree(dataset.repository, repo_type="dataset", revision=commit)
     return [entry for entry in entries if entry.path.endswith(".bin")], commit
+
+
+def download_model(repository: str, revision: str, names: tuple[str, ...]) -> Path:
+    """Download files of a model into the hub's cache, unless they are there; return their folder there."""
+    from huggingface_hub import hf_hub_download
+
+    bars = {"tqdm_class": load_tqdm()}
+    with busy(f"downloading {repository}"):
+        paths = in_background(lambda: [hf_hub_download(repository, name, revision=revision, **bars) for name in names])
+    return Path(paths[0]).parent

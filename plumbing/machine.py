@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing.cli import UserError, check_values, plural, require
+from plumbing.progress import busy
 
 # Dense bf16 TFLOP/s without sparsity (fp16 on cards that lack it), from NVIDIA's data sheets; the first entry found in
 # the device's name counts.
@@ -179,7 +180,8 @@ def pick_compile(wanted: bool | None, before: bool | None, device: torch.device,
     if wanted is None and not before and (device.type == "mps" or seconds < 600):
         return False, "on MPS" if device.type == "mps" else "the run is too short to repay it"
     try:
-        torch.compile(lambda x: x * 2)(torch.ones(8, device=device))
+        with busy("trying the compiler"):
+            torch.compile(lambda x: x * 2)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, Triton or header surfaces as any of a dozen types
         if wanted:
             raise OSError(f"--compile finds no working compiler ({type(error).__name__}): install a C++ compiler and "
@@ -205,16 +207,24 @@ def choose_compile(wanted: bool | None, before: bool | None, seconds: float, wor
 
 
 def compiled(model: torch.nn.Module, dtype: torch.dtype, deterministic: bool) -> torch.nn.Module:
-    """Compile the model for fixed shapes and products in `dtype`."""
+    """Compile the model for fixed shapes and products in `dtype`: once for training and once for validation.
+
+    That happens in the first calls, where it is shown. What earlier runs of this process have compiled is forgotten.
+    """
+    import torch._dynamo.callback
     import torch._dynamo.config
     import torch._inductor.config
     import torch.compiler.config
 
+    torch.compiler.reset()  # PyTorch compiles a function 8 times, then leaves it as it is
+    shown, handler = contextlib.ExitStack(), torch._dynamo.callback.callback_handler
+    handler.register_start_callback(lambda *_: shown.enter_context(busy("compiling the model")))
+    handler.register_end_callback(lambda *_: shown.close())
     # PyTorch 2.11 leaves autocast's dtype out of its cache's key: a float16 run got what a bfloat16 run had compiled
     torch.compiler.config.cache_key_tag = f"{os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')} {dtype}"
     torch._dynamo.config.optimize_ddp = False  # one graph: splitting it at DDP's buckets hides 2 % of a step at most
-    if deterministic and hasattr(torch._inductor.config, "deterministic"):  # not in every version
-        torch._inductor.config.deterministic = True
+    if hasattr(torch._inductor.config, "deterministic"):  # not in every version
+        torch._inductor.config.deterministic = deterministic
     return torch.compile(model, dynamic=False)
 
 

@@ -12,6 +12,7 @@ from plumbing import checkpoint, foreign, published
 from plumbing.cli import UserError
 from plumbing.files import CheckpointError
 from plumbing.model_tokenizer import require_gpt2_tokens
+from plumbing.progress import busy
 from plumbing.transformers_format import read_transformers
 
 
@@ -87,7 +88,8 @@ def checked_against(shape: dict, weights: dict, source):
                 raise TypeError(f"transformer.{key}.weight is not of shape {(rows, shape['n_embd'])}")
         if "transformer.wte.weight" not in weights or shape["n_layer"] > len(weights):
             raise TypeError(f"there are {len(weights)} tensors for {shape['n_layer']} layers")
-        yield
+        with busy(f"loading {name}"):
+            yield
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"the weights in {name} are not those of its configuration: {error!s:.300}") from error
 

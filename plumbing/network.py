@@ -1,4 +1,4 @@
-"""Work over an unreliable network: retries, downloads, and a progress bar."""
+"""Work over an unreliable network: retries and downloads."""
 import hashlib
 import itertools
 import sys
@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from plumbing import files
-from plumbing.cli import UserError, explain, print0
+from plumbing.cli import UserError, above_bars, explain, print0
+from plumbing.progress import progress_bar
 
 RETRIES = 3  # attempts that follow a failed download
 TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
@@ -36,8 +37,9 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     if failures > retries or hopeless:
         raise UserError(f"cannot {what}: {explain(error)}; {advise(error)}{remedy}") from error
     seconds = min(60, 2 ** (failures - 1))
-    print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
-          file=sys.stderr, flush=True)
+    with above_bars():
+        print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
+              file=sys.stderr, flush=True)
     (sleep or time.sleep)(seconds)
 
 
@@ -108,11 +110,3 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
             raise  # requests' errors have no number; those of this machine's disk have one
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
-
-def progress_bar(total: int, initial: int, unit: str, quiet: bool = False):
-    """Return a tqdm bar on stderr, drawn anew every half minute if stderr is no terminal but a job's log file."""
-    from tqdm import tqdm
-
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True,
-                disable=quiet or sys.stderr is None, mininterval=0.5 if is_terminal else 30)

@@ -6,7 +6,6 @@
 import contextlib
 import datetime
 import os
-import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing import machine
-from plumbing.cli import Stopped, UserError, print0
+from plumbing.cli import StopFlag, Stopped, UserError, print0
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for one rank to wait for the others: HellaSwag's download is on rank 0 alone
 COPIES = (  # what srun, mpirun, jsrun and flux tell each copy
@@ -31,7 +30,7 @@ class World:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     autocast: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)  # of matrix products
-    stop: threading.Event = field(default_factory=threading.Event)  # set when this process receives a signal
+    stop: StopFlag = field(default_factory=StopFlag)  # set when this process receives a signal
 
     @property
     def double(self) -> torch.dtype:
@@ -57,6 +56,11 @@ class World:
         if message:
             raise raised or UserError(message)
         return result
+
+    def check_stop(self) -> None:
+        """Raise Stopped after a signal if this is the only rank; several agree in sum_on_host()."""
+        if self.world_size == 1 and self.stop.is_set():
+            raise Stopped
 
     def min(self, value: int) -> int:
         """Return the smallest value of all ranks: what all of them can agree on."""
@@ -85,8 +89,35 @@ class World:
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto", deterministic: bool = False, stop: threading.Event | None = None):
-    """Join torchrun's process group, if there is one, while the context lasts; yields the World of this process."""
+def processes(device: str = "auto", deterministic: bool = False, stop: StopFlag | None = None):
+    """Join torchrun's process group, if there is one, while the context lasts; yields the World of this process.
+
+    PyTorch's settings of precision and determinism are afterwards what they were.
+    """
+    with restored_settings():
+        yield from join_processes(device, deterministic, stop or StopFlag())
+
+
+@contextlib.contextmanager
+def restored_settings():
+    """Put back, at the end, what processes() sets for PyTorch as a whole."""
+    names = "THP_MEM_ALLOC_ENABLE", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF"
+    variables = {name: os.environ.get(name) for name in names}
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_float32_matmul_precision(precision)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def join_processes(device: str, deterministic: bool, stop: StopFlag):
+    """Yield the World of this process, which leaves the process group afterwards."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]
@@ -107,10 +138,16 @@ def processes(device: str = "auto", deterministic: bool = False, stop: threading
         on_cuda = device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", store=fresh_store(rank, world_size), rank=rank,
                                 world_size=world_size, device_id=device if on_cuda else None, timeout=TIMEOUT)
-    yield World(rank, world_size, device, stop=stop or threading.Event())
+    stopped = None
+    try:
+        yield World(rank, world_size, device, stop=stop)
+    except Stopped as error:  # on all ranks
+        stopped = error
     if world_size > 1:  # skipped on errors: a barrier would wait for ranks that are gone and hide the error
         dist.barrier()  # gloo's threads may still hold a tensor, and abort if Python ends before they let go of it
         dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def fresh_store(rank: int, world_size: int):

@@ -17,6 +17,7 @@ from plumbing.encode import join_documents
 from plumbing.files import DataError
 from plumbing.hub_files import parse_dataset
 from plumbing.manifest import Manifest
+from plumbing.progress import busy
 from plumbing.shards import open_shard
 from plumbing.sources import File, count_same, find_files, hub_dataset, those_read_before
 from plumbing.texts import PIECE_BYTES, read_texts
@@ -105,6 +106,7 @@ def list_source(config, manifest: Manifest) -> tuple[list[File], str | None]:
     return files, commit
 
 
+@busy("comparing the source with what has been read of it")
 def check_source(config, encode, files: list[File], manifest: Manifest) -> bool:
     """Return whether anything is left to do, after a check that what has been read of this node's files is unchanged.
 

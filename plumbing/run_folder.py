@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from plumbing import checkpoint, files, models, published
-from plumbing.cli import UserError, print0, require
+from plumbing.cli import Stopped, UserError, print0, require
 from plumbing.files import CheckpointError, first_line
 from plumbing.ranks import check_launcher
 
@@ -159,8 +159,11 @@ def write(run, state: dict, required: bool = False, name: str = "") -> bool:
 
     A full disk, or a weight that is not finite, is a warning; if the checkpoint is `required` it is an OSError on every
     rank. Raises UserError if another run has taken the folder. `name` is for a checkpoint beside the numbered ones.
-    A run that diverges keeps its good ones. Returns False on rank 0 if it was not written.
+    A run that diverges keeps its good ones. Returns False on rank 0 if it was not written. The checkpoint that the run
+    has just been resumed from is not written again.
     """
+    if state["step"] == run.start["resumed_from"] and not required and not name:
+        return True
     def action() -> bool:
         try:
             run.log.keep_folder()
@@ -201,17 +204,28 @@ def hold(folder, world):
 
 @contextlib.contextmanager
 def saved_on_errors(run):
-    """Save the steps that a Run has finished before an error of any kind is passed on.
+    """Save the steps that a Run has finished before an error of any kind is passed on, or Stopped after a signal.
 
-    An error in the middle of an update leaves nothing to save.
+    An error in the middle of an update leaves nothing to save. Until this process has finished a step, there is nothing
+    either, and a signal raises Stopped at once.
     """
+    first, stop = run.step, run.world.stop
+    stop.at_once = lambda: run.world.world_size == 1 and run.step == first
     try:
         yield
     except CheckpointError:  # there is no room for one
         raise
+    except Stopped:
+        stop.at_once = bool  # never
+        if run.step > first:  # an unfinished step or evaluation is done again when resuming
+            run.save(required=True)
+        run.log.end(run.step, run.val_loss, stopped=True)
+        raise Stopped from None
     except BaseException:
         if run.is_whole and run.step > 0:
             run.raw_model.zero_grad(set_to_none=True)  # in case that memory has run out
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 run.save()
         raise
+    finally:
+        stop.at_once = bool  # which also lets go of the run

@@ -340,8 +340,10 @@ class RunLog:
         """Draw loss.png and write report.md; print the result, or how to continue, and what else to do."""
         config, took = self.config, clock(time.perf_counter() - self.started)
         if stopped:
-            print0(f"stopped after step {step:,} of {config.max_steps:,}; the same command continues from there:\n"
-                   f"  {screen.here(self.command)}")
+            has_begun = checkpoint.listing(config.out_dir)  # a branch's first steps are another run's
+            print0(f"stopped after step {step:,} of {config.max_steps:,}: the same command continues from there"
+                   if has_begun else "stopped before the first step: the same command begins again")
+            print0(f"  {screen.here(self.command)}")
             return
         if not self.trains:
             model = config.init_from or config.out_dir

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.cli import UserError
 from plumbing.model_tokenizer import Gpt2Tokenizer
+from plumbing.progress import busy, track
 from plumbing.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -74,7 +75,8 @@ def stream_tokens(model, idx, max_new_tokens: int, choose, num_samples: int = 1,
     of it. Raises UserError if the logits are not finite.
     """
     block_size, cache = model.config.block_size, new_cache(model)
-    h = read(model, idx[:, -block_size:], cache)[:, -1]  # (B, C)
+    with busy("reading the prompt"):
+        h = read(model, idx[:, -block_size:], cache)[:, -1]  # (B, C)
     owners = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)  # (B * num_samples,)
     idx, h = idx[owners], h[owners]  # from here on there are B * num_samples rows
     cache = [layer.rows(owners) for layer in cache] if idx.size(1) < block_size else None
@@ -126,7 +128,10 @@ def sample_text(model, prompt: str, world) -> str:
     try:
         with world.autocast:
             generator = torch.Generator(world.device).manual_seed(42)
-            ids = generate(model, idx, 32, generator=generator)  # (1, T + 32)
+            choose = functools.partial(choose_token, generator=generator)
+            for next_id in track(stream_tokens(model, idx, 32, choose), "sample", "tokens"):
+                idx = torch.cat((idx, next_id), dim=1)  # (1, T + 1 ... T + 32)
+                world.check_stop()
     except UserError as error:
         return f"(no sample: {error})"
-    return encoding.decode(ids[0].tolist())
+    return encoding.decode(idx[0].tolist())

@@ -19,6 +19,7 @@ from plumbing import file_kinds
 from plumbing.files import DataError
 from plumbing.formats import kind_of
 from plumbing.manifest import read_record
+from plumbing.progress import busy, track
 from plumbing.shard_file import Shard, check_gpt2, check_tokens, more_windows, open_shard, read_sample
 from plumbing.tokenizer import EOT, VOCAB_SIZE
 
@@ -60,7 +61,7 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
     if not paths:
         raise no_shards(data, split)
     check_manifests(data)
-    return [(str(path), open_shard(path)) for path in paths]
+    return [(str(path), open_shard(path)) for path in track(paths, "opening shards", "shards")]
 
 
 def splits_of(path: Path) -> set[str]:
@@ -102,6 +103,7 @@ def require_windows(n_windows: int, config, split: str) -> None:
                         "+ 1 tokens: use more data or a smaller --sequence_length")
 
 
+@busy("checking the shards")
 def check_samples(loader, whole: int) -> dict:
     """Check a sample of the tokens of each shard of a loader, as reading all would take minutes; all of a small one.
 
@@ -169,6 +171,7 @@ def read_ahead(loader, first: int, count: int) -> None:
                 tokens.read_ahead(start, start + loader.T + 1)
 
 
+@busy("counting documents")
 def count_documents(data, loaders: list) -> int:
     """Count the documents of a text file in which lines of <|endoftext|> separate them; 0 for one without, and shards.
 

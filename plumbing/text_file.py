@@ -17,7 +17,7 @@ from plumbing.cli import UserError, print0
 from plumbing.file_kinds import refuse_other_kinds
 from plumbing.files import DataError, atomic_write, lock
 from plumbing.manifest import npy_header
-from plumbing.network import progress_bar
+from plumbing.progress import busy, progress_bar
 from plumbing.shard_file import Shard, open_shard
 from plumbing.tokenizer import EOT, encode_in_pieces
 
@@ -37,7 +37,7 @@ def open_text(path: Path, split: str, out_dir="", world=None) -> np.ndarray | Sh
     """
     if world is None or path.stat().st_size < IN_MEMORY:
         check_text(path)
-        with open_stream(path) as file:
+        with open_stream(path) as file, busy(f"tokenizing {path.name}"):
             tokens = np.concatenate([NOTHING, *encode_documents(file, find_marks(path, says=split == "train"))])
         if not len(tokens):
             raise DataError(f"{path} holds nothing but {MARK}: name a file with text")
@@ -123,6 +123,7 @@ def read_pieces(file: io.TextIOWrapper):
         yield newline
 
 
+@busy("looking for documents in the text")
 def find_marks(path: Path, says: bool) -> bool:
     """Return whether a line of a text is only <|endoftext|>. If `says`, tell of those within lines, which stay text."""
     with open(path, "rb") as file:
@@ -156,6 +157,7 @@ def encode_documents(file: io.TextIOWrapper, marked: bool):
             yield from encode_in_pieces(pieces)
 
 
+@busy("reading the text")
 def check_text(path: Path) -> str:
     """Return the SHA-256 of a file. Raises DataError if it is not a UTF-8 text, saying what it seems to be instead."""
     hashed, decoder, position, controls, blank = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, 0, True

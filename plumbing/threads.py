@@ -2,7 +2,7 @@
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 
 def prefetch(items, stop: threading.Event, depth: int = 4):
@@ -46,6 +46,20 @@ def map_in_order(function, items, threads: int):
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()
+
+
+def in_background(action):
+    """Return action(), run by a thread that a signal leaves behind; libraries may wait for a whole download."""
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def count_cores() -> int:

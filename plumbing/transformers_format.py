@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from plumbing import published
+from plumbing import hub_files, published
 from plumbing.file_kinds import LFS, NOT_FETCHED
 from plumbing.files import CheckpointError, check_inside, first_line, sha256
+from plumbing.progress import busy
 
 SETTINGS = {  # of GPT-2's config.json: with another value it is another model
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
@@ -45,13 +46,15 @@ def read_transformers(name_or_folder) -> tuple[dict, dict]:
         folder = download_openai(str(name_or_folder))
     try:
         check_inside(folder / "config.json")
-        check_sums(folder)
+        with busy(f"checking {folder}"):
+            check_sums(folder)
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shape = read_shape(settings)
         if (folder / "adapter_config.json").exists():
             raise ValueError("there is adapter_config.json, an adapter (LoRA) that changes the model: load both with "
                              "peft, then merge_and_unload() and save_pretrained('NEW_FOLDER')")
-        weights = read_weights(folder)
+        with busy(f"reading {folder}"):
+            weights = read_weights(folder)
         if not settings.get("tie_word_embeddings", True) and "lm_head.weight" not in weights:
             raise ValueError("tie_word_embeddings is False, but there is no lm_head.weight")
         wte = weights["transformer.wte.weight"]
@@ -231,18 +234,17 @@ def download_openai(name: str) -> Path:
         hub = f"; one of the hub: hf download {name} --local-dir FOLDER" if on_hub else ""
         raise CheckpointError(
             f"no model {name!r}: name a folder, a .pt file or one of {', '.join(published.MODELS)}{hub}")
-    from huggingface_hub import snapshot_download
-
     revision, known = published.MODELS[name]
     try:
-        folder = Path(snapshot_download(f"openai-community/{name}", revision=revision,
-                                        allow_patterns=["config.json", "model.safetensors"]))
+        folder = hub_files.download_model(f"openai-community/{name}", revision, ("config.json", "model.safetensors"))
     except Exception as error:  # the hub's client has dozens of errors for "no network"
         raise CheckpointError(
             f"cannot download {name} from the Hugging Face hub: check the network, or name a folder that holds its "
             f"config.json and model.safetensors ({type(error).__name__}: {first_line(error)})") from error
     path = folder / "model.safetensors"
-    if known and (not path.exists() or sha256(path) != known):
+    with busy(f"checking {path.name}"):
+        found = sha256(path) if known else known
+    if found != known:
         raise CheckpointError(f"{path} is not OpenAI's {name}, whose sha256 begins with {known[:12]}: delete "
                               f"{folder.parent.parent} and give the command again, without HF_ENDPOINT if that names "
                               "another hub")

@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_not_saved(bad, where, tmp_path):
 def test_what_killed_writers_left_goes_before_anything_is_written(tmp_path, monkeypatch):
     """On a disk that it has filled nothing could be written otherwise."""
     (tmp_path / "model_000004.pt.tmp").write_bytes(b"half")
-    monkeypatch.setattr(torch, "save", lambda *_: 1 / len(list(tmp_path.glob("model_000004*"))))
+    monkeypatch.setattr(torch, "save", lambda *_, **__: 1 / len(list(tmp_path.glob("model_000004*"))))
     with pytest.raises(ZeroDivisionError):
         checkpoint.save(tmp_path, 5, state(5))
 

@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
 
 
 def test_a_disk_too_small_is_said_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path, *_, **__: SimpleNamespace(free=1000))
     source = write_jsonl(tmp_path / "a.jsonl", documents(50))
     with pytest.raises(UserError, match="make room, name another --out, or take less with --max_tokens"):
         prepare(source=source, out=tmp_path / "out")

@@ -10,6 +10,7 @@ from test_train import PoisonedLoss, assert_same_run, final_state, same, train_i
 
 import train_gpt2
 from plumbing import checkpoint
+from plumbing.cli import Stopped
 
 EACH = {"dtype": "float16", "checkpoint_every": 1, "keep_checkpoints": 99}
 
@@ -19,8 +20,8 @@ def poison(monkeypatch):
     """Call it with numbers of steps, counted from 1 in each process, whose gradient shall not be finite."""
     original, state = train_gpt2.GPT.forward, {"calls": 0, "steps": set()}
 
-    def poisoned(self, idx, targets=None, cache=None):
-        loss = original(self, idx, targets, cache)
+    def poisoned(self, idx, targets=None, *more, **options):
+        loss = original(self, idx, targets, *more, **options)
         if targets is None or not loss.requires_grad:
             return loss
         state["calls"] += 1  # of which a step has two
@@ -84,8 +85,8 @@ def test_an_overflow_of_the_forward_pass_is_no_overflow_that_a_scale_mends(shard
 
 def test_a_bad_loss_with_a_good_gradient_is_no_overflow(shard_folder, tmp_path, monkeypatch):
     original = train_gpt2.GPT.forward
-    monkeypatch.setattr(train_gpt2.GPT, "forward", lambda *arguments: (
-        (loss := original(*arguments)) + (math.nan - loss).detach()))
+    monkeypatch.setattr(train_gpt2.GPT, "forward", lambda *arguments, **options: (
+        (loss := original(*arguments, **options)) + (math.nan - loss).detach()))
     with pytest.raises(FloatingPointError, match=r"five steps in a row .* step 5 "):
         train_in_process(tmp_path, data=shard_folder, dtype="float16", max_steps=50)
 
@@ -128,9 +129,12 @@ def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypa
         if name == "resumed":
             (out / "model_000006.pt").unlink()
         with monkeypatch.context() as patched:
-            patched.setattr(train_gpt2.RunLog, "print_summary", lambda *arguments: signal.raise_signal(signal.SIGTERM))
-            train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
-        assert f"stopped after step {0 if name == 'fresh' else 4} of 6" in capsys.readouterr().out
+            patched.setattr(train_gpt2.Run, "loop", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Stopped):
+                train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
+        said = "stopped before the first step: the same" if name == "fresh" else "stopped after step 4 of 6: the same"
+        assert said in capsys.readouterr().out
+        assert (out / "model_000004.pt").exists() == (name == "resumed") and not (out / "model_000000.pt").exists()
         train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
     assert final_state(out)["scaler"]["_growth_tracker"] == 6
 

@@ -22,8 +22,8 @@ def during(monkeypatch, step: int, action) -> None:
     """Have `action` done after a step of training, in the middle of the run."""
     log_step = train_gpt2.RunLog.train
 
-    def logged(self, done, *arguments):
-        log_step(self, done, *arguments)
+    def logged(self, done, *arguments, **options):
+        log_step(self, done, *arguments, **options)
         if done == step:
             action()
 
@@ -98,11 +98,11 @@ def test_a_folder_that_cannot_be_reached_for_a_while_costs_no_step(data, whole, 
     def act():
         calls = []
 
-        def renew(lock):
+        def renew(lock, *arguments, **options):
             calls.append(lock)
             if len(calls) == 1:
                 raise OSError(errno.EIO, "Input/output error", str(lock.path))
-            return works(lock)
+            return works(lock, *arguments, **options)
 
         works = files.Lock.renew
         monkeypatch.setattr(files.Lock, "renew", renew)

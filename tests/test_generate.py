@@ -156,7 +156,7 @@ def test_characters_are_never_torn(monkeypatch):
     assert torn > 8
     half = gpt2_encoding().encode_ordinary("🙂")[0]
     script = torch.tensor([[*ids, EOT, 13], [*ids[:-1], half, 13, half]])
-    monkeypatch.setattr(generate_command, "stream_tokens", lambda *arguments: iter(script.t().unsqueeze(2)))
+    monkeypatch.setattr(generate_command, "stream_tokens", lambda *arguments, **__: iter(script.t().unsqueeze(2)))
     model, generator = GPT(GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=2)), torch.Generator()
     config = GenerateConfig(num_samples=2, max_new_tokens=script.size(1))
     pieces = list(continuations(model, "x", config, generator))

@@ -273,7 +273,7 @@ def test_every_rank_scores_its_part_and_no_other(monkeypatch):
     """What each of three ranks adds to the sum that they all get: every ending is in exactly one part."""
     parts = []
 
-    def keep(gathered):
+    def keep(gathered, *_, **__):
         parts.append(gathered.clone())
 
     monkeypatch.setattr(hellaswag.dist, "all_reduce", keep)
@@ -290,13 +290,13 @@ def test_every_rank_scores_its_part_and_no_other(monkeypatch):
 
 def test_only_rank_0_reads_and_its_error_is_everybody_s(monkeypatch):
     sent = []
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda outcome, src: sent.append(list(outcome)))
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda outcome, *_, **__: sent.append(list(outcome)))
     assert len(hellaswag.load_examples(path=OURS, world=World(0, 2))) == 30 and len(sent[0][0]) == 30
     with pytest.raises(UserError, match="cannot be read"):
         hellaswag.load_examples(path="nowhere.jsonl", world=World(0, 2))
     for result, message in sent:  # the other rank has no file at all
 
-        def receive(outcome, src, content=(result, message)):
+        def receive(outcome, src, *_, content=(result, message), **__):
             outcome[:] = content
 
         monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
@@ -424,7 +424,7 @@ def test_a_stopped_command_leaves_nothing(sign, gpt2_folder, tmp_path):
 
 
 def test_memory_that_runs_out_is_said(monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(hellaswag, "sum_losses", full)
@@ -465,7 +465,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "FILES", {"val": (len(text), hashlib.sha256(text).hexdigest())})
     monkeypatch.setattr(hellaswag, "FOLDER", str(tmp_path / "downloads"))
     monkeypatch.setattr(network, "TIMEOUT", (0.5, 0.5))
-    monkeypatch.setattr("plumbing.network.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("plumbing.network.time.sleep", lambda seconds, *_, **__: None)
     with hub({}, tmp_path / "cache") as (environment, handler):
         handler.files = {"/data/hellaswag_val.jsonl": text}
         monkeypatch.setattr(hellaswag, "URL", environment["HF_ENDPOINT"] + "/data/")
@@ -659,9 +659,9 @@ def test_a_named_file_that_is_not_there_ends_the_run_before_it_begins(shard_fold
 def test_it_is_scored_in_the_precision_of_training(shard_folder, tmp_path, monkeypatch):
     seen, original = [], hellaswag.sum_losses
 
-    def watched(*values):
+    def watched(*values, **options):
         seen.append(torch.is_autocast_enabled("cpu"))
-        return original(*values)
+        return original(*values, **options)
 
     monkeypatch.setattr(hellaswag, "sum_losses", watched)
     for dtype in ("float32", "bfloat16"):

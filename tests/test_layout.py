@@ -58,3 +58,23 @@ def test_no_module_is_imported_under_its_old_name():
         for path in (ROOT / folder).glob("*.py"):
             old = {module.split(".")[0] for module in imported(path)} & PLUMBING
             assert not old, f"{path} imports {old}"
+
+
+def replacements(tree: ast.AST) -> list:
+    """The lambdas and functions of a test that monkeypatch.setattr() puts in the place of others."""
+    functions, found = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            functions.setdefault(node.name, []).append(node)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            found += [node.args[-1]] if isinstance(node.args[-1], ast.Lambda) else []
+            found += functions.get(getattr(node.args[-1], "id", ""), [])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
+def test_what_replaces_a_function_takes_any_arguments(path):
+    """So that a new argument of a function breaks no test that is not about it."""
+    for function in replacements(ast.parse(path.read_text(encoding="utf-8"))):
+        assert function.args.vararg and function.args.kwarg, f"line {function.lineno}: give it *_ and **__"

@@ -78,8 +78,8 @@ def test_a_run_whose_shard_changes_ends_in_one_line_and_continues_once_it_is_res
     path, log_step = data / "edufineweb_train_000001.npy", RunLog.train
     good = path.read_bytes()
 
-    def train(self, step, *values):
-        log_step(self, step, *values)
+    def train(self, step, *values, **options):
+        log_step(self, step, *values, **options)
         if step == 4:
             change(path, how)
 

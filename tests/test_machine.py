@@ -142,13 +142,13 @@ def test_autocast_multiplies_in_its_dtype_and_can_be_entered_twice():
 
 def test_compiling_follows_the_user_then_the_run_so_far_then_its_length(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch, "compile", lambda function, *_, **options: function)
     for wanted, before, seconds, compiles in (
             (None, None, 599, False), (None, None, 601, True), (False, True, 9999, False), (True, False, 1, True),
             (None, True, 1, True), (None, False, 9999, False)):
         assert machine.pick_compile(wanted, before, cpu, seconds)[0] == compiles
 
-    def missing(function, **options):
+    def missing(function, *_, **options):
         raise FileNotFoundError("g++")
 
     monkeypatch.setattr(torch, "compile", missing)
@@ -160,7 +160,8 @@ def test_compiling_follows_the_user_then_the_run_so_far_then_its_length(monkeypa
 
 def test_an_evaluation_alone_is_too_short_to_compile_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(machine, "pick_compile", lambda *question: asked.append(question[-1]) or (False, "played"))
+    monkeypatch.setattr(machine, "pick_compile", lambda *question, **__: (
+        asked.append(question[-1]) or (False, "played")))
     model = GPT(GPTConfig(block_size=1024, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
     for changes in ({}, {"eval_only": True}, {"max_steps": 0}):
         machine.resolve(TrainConfig(dtype="float32", **changes), None, model, World())
@@ -190,8 +191,8 @@ class Memory:
         self.fixed, self.each, self.size, self.words, self.peak = fixed, each, size, words, 0
         for name, value in {"reset_peak_memory_stats": None, "empty_cache": None, "memory_reserved": 0,
                             "mem_get_info": (size, size)}.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+            monkeypatch.setattr(torch.cuda, name, lambda *device, value=value, **__: value)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device, *_, **__: self.peak)
 
     def run(self, B: int) -> None:
         self.peak = self.fixed + B * self.each
@@ -221,12 +222,12 @@ def test_only_memory_that_ran_out_makes_the_micro_batch_smaller(monkeypatch):
 
 def test_memory_for_adamw_and_for_ddp_s_buckets_is_counted(monkeypatch):
     model, asked = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)), []
-    monkeypatch.setattr(machine, "count_fitting_windows", lambda run, device, other: asked.append(other) or 5)
-    monkeypatch.setattr(World, "min", lambda self, value: value)
+    monkeypatch.setattr(machine, "count_fitting_windows", lambda run, device, other, *_, **__: asked.append(other) or 5)
+    monkeypatch.setattr(World, "min", lambda self, value, *_, **__: value)
     for world_size, windows, B in ((1, 16, 4), (2, 8, 4)):
         assert machine.pick_micro_batch_size(model, 8, windows, World(0, world_size, GPU)) == B
     assert asked == [8 * model.count_parameters(), 12 * model.count_parameters()]
-    monkeypatch.setattr(World, "min", lambda self, value: 0)  # of another rank
+    monkeypatch.setattr(World, "min", lambda self, value, *_, **__: 0)  # of another rank
     with pytest.raises(UserError, match="not one window of 8 tokens fits on cuda:0"):
         machine.pick_micro_batch_size(model, 8, 8, World(0, 2, GPU))
 

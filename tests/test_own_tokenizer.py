@@ -101,7 +101,8 @@ def test_a_text_ends_at_the_tokenizer_s_own_token_and_an_empty_prompt_begins_wit
     folder, _, tokenizer = spanish
     model, ours, read = GPT.load(folder), tokenizer_of(folder), []
     script = torch.tensor([[*tokenizer("perro")["input_ids"], 0, 7]])
-    monkeypatch.setattr(generate, "stream_tokens", lambda *given: read.append(given) or iter(script.t().unsqueeze(2)))
+    monkeypatch.setattr(generate, "stream_tokens", lambda *given, **__: (
+        read.append(given) or iter(script.t().unsqueeze(2))))
     config = GenerateConfig(max_new_tokens=script.size(1))
     text = "".join(piece for _, piece, _ in continuations(model, "", config, torch.Generator(), ours))
     assert text == "perro"
@@ -139,10 +140,10 @@ def test_a_difference_in_an_added_row_alone_is_found(chat, tmp_path, monkeypatch
 
     write = transformers_format.write_transformers
 
-    def spoilt(folder, shape, weights, generation):
+    def spoilt(folder, shape, weights, *more, **options):
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"].clone()
         weights["transformer.wte.weight"][50258] = 0
-        write(folder, shape, weights, generation)
+        write(folder, shape, weights, *more, **options)
     monkeypatch.setattr(transformers_format, "write_transformers", spoilt)
     with pytest.raises(UserError, match="other logits"):
         export_hf.main([str(chat[0]), str(tmp_path / "out")])

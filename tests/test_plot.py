@@ -172,7 +172,7 @@ def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
         def write(self, data):
             super().write(data[:1000])
             raise OSError(28, "No space left on device")
-    monkeypatch.setattr(files, "open_new", lambda path: FullDisk(path, "x"))
+    monkeypatch.setattr(files, "open_new", lambda path, *_, **__: FullDisk(path, "x"))
     with pytest.raises(OSError):
         curve.draw({"log": curve.read_log(folder)}, folder / "loss.png")
     assert (folder / "loss.png").read_bytes() == before
@@ -208,8 +208,8 @@ def test_training_draws_it_after_a_validation(shard_folder, tmp_path):
 
 def test_training_draws_it_seldom_and_at_the_end(shard_folder, tmp_path, monkeypatch):
     clock, drawn = itertools.count(0, 3), []
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock) / 10)  # 0.3 s from one look to the next
-    monkeypatch.setattr(curve, "draw", lambda runs, out: drawn.append(next(clock) / 10))
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda *_, **__: next(clock) / 10)  # 0.3 s between two looks
+    monkeypatch.setattr(curve, "draw", lambda runs, out, *_, **__: drawn.append(next(clock) / 10))
     arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=30, val_every=1)
     train_gpt2.main(train_gpt2.parse_args(arguments))
     gaps = np.diff(drawn)

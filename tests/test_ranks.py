@@ -15,10 +15,10 @@ import sys
 import train_gpt2
 from plumbing import checkpoint, cli
 original = checkpoint.save
-def save(folder, step, state, name=""):
+def save(folder, step, state, *more, **options):
     if step == 6:
         raise checkpoint.CheckpointError("cannot write model_000006.pt, is the disk full?")
-    return original(folder, step, state, name)
+    return original(folder, step, state, *more, **options)
 checkpoint.save = save
 cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
@@ -62,8 +62,8 @@ import torch
 import train_gpt2
 from plumbing import cli, machine
 native = {"0": torch.bfloat16, "1": torch.float16}[os.environ["RANK"]]
-machine.is_native = lambda dtype, device: dtype in (native, torch.float16, torch.float32)
-machine.pick_dtype = lambda name, device: (native, "played")
+machine.is_native = lambda dtype, *_, **__: dtype in (native, torch.float16, torch.float32)
+machine.pick_dtype = lambda *_, **__: (native, "played")
 cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
@@ -72,7 +72,7 @@ BUG = """
 import sys
 import train_gpt2
 from plumbing import checkpoint, cli
-def newest(folder):
+def newest(*_, **__):
     raise RuntimeError("what nobody thought of")
 checkpoint.newest = newest
 cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
@@ -103,9 +103,9 @@ def test_ranks_wait_for_each_other_for_half_an_hour(monkeypatch):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, *_, **options: given.update(options))
+    monkeypatch.setattr(dist, "barrier", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda *_, **__: None)
     with ranks.processes("cpu") as world:
         assert (world.rank, world.world_size) == (0, 2)
     assert given["timeout"].total_seconds() == 1800

@@ -62,7 +62,7 @@ def test_is_gpt2_needs_both(monkeypatch):
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert reference.is_gpt2(model)
-    monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(F.relu(self.c_fc(x))))
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *_, **__: self.c_proj(F.relu(self.c_fc(x))))
     assert not reference.is_gpt2(model)
 
 
@@ -80,8 +80,8 @@ def after_init(monkeypatch, cls, change):
     """Let change(module) follow the construction of a class."""
     init = cls.__init__
 
-    def changed(self, *arguments):
-        init(self, *arguments)
+    def changed(self, *arguments, **options):
+        init(self, *arguments, **options)
         change(self)
     monkeypatch.setattr(cls, "__init__", changed)
 
@@ -90,20 +90,20 @@ def change_attention(monkeypatch, change):
     """Let change(q, k, options) return what attention is computed from."""
     attend = F.scaled_dot_product_attention
 
-    def changed(q, k, v, **options):
+    def changed(q, k, v, *_, **options):
         q, k, options = change(q, k, options)
         return attend(q, k, v, **options)
     monkeypatch.setattr(F, "scaled_dot_product_attention", changed)
 
 
 def change_mlp(monkeypatch, activation):
-    monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(activation(self.c_fc(x))))
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *_, **__: self.c_proj(activation(self.c_fc(x))))
 
 
 def change_logits(monkeypatch, change):
     forward = GPT.forward
 
-    def changed(self, idx, targets=None, cache=None):
+    def changed(self, idx, targets=None, cache=None, *_, **__):
         logits = change(forward(self, idx, None, cache))
         return logits if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
     monkeypatch.setattr(GPT, "forward", changed)
@@ -121,7 +121,7 @@ def rope(monkeypatch):
     change_attention(monkeypatch, lambda q, k, options: (rotated(q), rotated(k), options))
     after_init(monkeypatch, GPT, lambda model: model.transformer.pop("wpe"))
 
-    def hidden_states(self, idx, cache=None):
+    def hidden_states(self, idx, cache=None, *_, **__):
         x = self.transformer.wte(idx)
         for block in self.transformer.h:
             x = block(x)
@@ -174,14 +174,14 @@ def without_biases(cls):
 
 
 def post_norm(monkeypatch):
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, *_, **__):
         x = self.ln_1(x + self.attn(x, cache))
         return self.ln_2(x + self.mlp(x))
     monkeypatch.setattr(Block, "forward", forward)
 
 
 def parallel_block(monkeypatch):
-    monkeypatch.setattr(Block, "forward", lambda self, x, cache=None: (
+    monkeypatch.setattr(Block, "forward", lambda self, x, cache=None, *_, **__: (
         x + self.attn(self.ln_1(x), cache) + self.mlp(self.ln_2(x))))
 
 
@@ -192,7 +192,7 @@ def last_block_left_out(monkeypatch):
 def dropout(monkeypatch):
     change_mlp(monkeypatch, lambda x: F.gelu(x, approximate="tanh"))
     forward = CausalSelfAttention.forward
-    monkeypatch.setattr(CausalSelfAttention, "forward", lambda self, x, cache=None: F.dropout(
+    monkeypatch.setattr(CausalSelfAttention, "forward", lambda self, x, cache=None, *_, **__: F.dropout(
         forward(self, x, cache), 0.1, self.training))
 
 
@@ -212,18 +212,18 @@ def scaled_embedding(monkeypatch):
 
 def label_smoothing(monkeypatch):
     cross_entropy = F.cross_entropy
-    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets=None, cache=None: (
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets=None, cache=None, *_, **__: (
         self.lm_head(self.hidden_states(idx, cache)) if targets is None else
         cross_entropy(self.lm_head(self.hidden_states(idx))[0], targets[0], label_smoothing=0.01)))
 
 
 def wrong_with_activation_checkpointing(monkeypatch):
-    monkeypatch.setattr(train_gpt2, "recompute", lambda block, x, use_reentrant: 1.01 * block(x))
+    monkeypatch.setattr(train_gpt2, "recompute", lambda block, x, use_reentrant, *_, **__: 1.01 * block(x))
 
 
 def wrong_with_a_cache(monkeypatch):
     forward = CausalSelfAttention.forward
-    monkeypatch.setattr(CausalSelfAttention, "forward", lambda self, x, cache=None: (
+    monkeypatch.setattr(CausalSelfAttention, "forward", lambda self, x, cache=None, *_, **__: (
         forward(self, x, cache) * (1.01 if cache is not None else 1)))
 
 
@@ -251,7 +251,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_changed_model_does_not_compute_gpt2(change, monkeypatch):
     model, matches, found = GPT(GPTConfig(**SMALL)), reference.matches, []
-    monkeypatch.setattr(reference, "matches", lambda *output: found.append(matches(*output)) or found[-1])
+    monkeypatch.setattr(reference, "matches", lambda *output, **__: found.append(matches(*output)) or found[-1])
     change(monkeypatch)
     assert not reference.computes_gpt2(model)
     assert found[-1] is False  # it ran, and computed something else

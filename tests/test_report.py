@@ -68,7 +68,7 @@ def test_the_report_says_what_the_log_says(finished):
 def test_the_log_tells_whether_the_model_is_gpt2_124m(finished, tmp_path, monkeypatch):
     """TINY is not; a model of 124M would be, as the model itself is asked."""
     assert [line["gpt2"] for line in read_log(finished, "run")] == [False, False]
-    monkeypatch.setattr(runlog.reference, "is_gpt2", lambda model: model.count_parameters() > 0)
+    monkeypatch.setattr(runlog.reference, "is_gpt2", lambda model, *_, **__: model.count_parameters() > 0)
     arguments = flags(data=finished.parent / "data", out_dir=tmp_path, max_steps=1, warmup_steps=0)
     train_gpt2.main(train_gpt2.parse_args(arguments))
     assert read_log(tmp_path, "run")[0]["gpt2"] is True

@@ -59,13 +59,13 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_torn(shard_folder, tm
 
 @needs(*ENCODING)
 def test_an_error_in_hellaswag_or_a_sample_costs_no_finished_step(shard_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "sample_text", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(train_gpt2, "sample_text", lambda *arguments, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "a", shard_folder, checkpoint_every=0, sample_every=4)
     assert not checkpoint.listing(tmp_path / "a")  # that was before the first step
     example = {"ctx": "A man sits.", "endings": ["He reads.", "He is.", "A.", "B."], "label": 0}
-    monkeypatch.setattr(hellaswag, "examples_for_training", lambda *arguments: [example])
-    monkeypatch.setattr(hellaswag, "evaluate", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(hellaswag, "examples_for_training", lambda *arguments, **__: [example])
+    monkeypatch.setattr(hellaswag, "evaluate", lambda *arguments, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "b", shard_folder, checkpoint_every=0, hellaswag_every=4)
     assert [path.name for path in checkpoint.listing(tmp_path / "b")] == ["model_000004.pt"]
@@ -74,7 +74,7 @@ def test_an_error_in_hellaswag_or_a_sample_costs_no_finished_step(shard_folder, 
 def test_a_signal_of_the_hardware_does_not_end_without_a_word(shard_folder, tmp_path):
     script = tmp_path / "bus.py"
     script.write_text("import os, signal, sys\nimport train_gpt2\n"
-                      "train_gpt2.get_lr = lambda *arguments: os.kill(os.getpid(), signal.SIGBUS)\n"
+                      "train_gpt2.get_lr = lambda *_, **__: os.kill(os.getpid(), signal.SIGBUS)\n"
                       "train_gpt2.cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=script)
     assert result.returncode != 0
@@ -86,8 +86,8 @@ import sys
 import train_gpt2
 from plumbing import cli
 evaluate = train_gpt2.evaluate_val_loss
-def evaluate_val_loss(model, loader, *rest):
-    loss = evaluate(model, loader, *rest)
+def evaluate_val_loss(model, loader, *rest, **options):
+    loss = evaluate(model, loader, *rest, **options)
     calls.append(loss)
     if len(calls) == 2 and loader.world.rank == 1:
         1 / 0
@@ -103,7 +103,7 @@ def test_keep_best_keeps_the_lowest_validation_loss_across_a_restart(shard_folde
 
     def train_best(out, **changes):
         played = iter(losses.values())
-        monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments: next(played))
+        monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments, **__: next(played))
         return train(out, shard_folder, val_every=2, keep_checkpoints=9, keep_best=True, **changes)
 
     train_best(tmp_path / "out")
@@ -144,12 +144,12 @@ def test_a_best_checkpoint_that_cannot_be_written_does_not_count(shard_folder, t
     """As on a full disk: the step is lost, but not those after it that are better than what is kept."""
     losses, save = iter([9.0, 5.0, 6.0, 7.0]), checkpoint.save
 
-    def full(folder, step, state, name=""):
+    def full(folder, step, state, name="", *more, **options):
         if name == checkpoint.BEST and step == 2:
             raise files.CheckpointError("cannot write best.pt, is the disk full?")
-        return save(folder, step, state, name)
+        return save(folder, step, state, name, *more, **options)
 
-    monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(train_gpt2, "evaluate_val_loss", lambda *arguments, **__: next(losses))
     monkeypatch.setattr(checkpoint, "save", full)
     train(tmp_path / "out", shard_folder, val_every=2, keep_best=True)
     assert checkpoint.load(tmp_path / "out" / checkpoint.BEST)["step"] == 4

@@ -36,7 +36,7 @@ def go_on(shard_folder, out, **changes) -> dict:
 ])
 def test_b_is_taken_over_on_the_same_kind_of_device_only(kind, changes, B, shard_folder, tmp_path, monkeypatch):
     begin(shard_folder, tmp_path, micro_batch_size=2)
-    monkeypatch.setattr(machine, "device_kind", lambda device: kind)
+    monkeypatch.setattr(machine, "device_kind", lambda device, *_, **__: kind)
     stored = go_on(shard_folder, tmp_path, **{"micro_batch_size": None, **changes})
     assert (stored["micro_batch_size"], stored["device_kind"]) == (B, kind)
     lines = read_log(tmp_path, "train")
@@ -56,9 +56,9 @@ def stored(**changes) -> dict:
 
 
 def test_neither_b_nor_compile_is_taken_over_at_another_number_of_ranks(model, monkeypatch):
-    monkeypatch.setattr(World, "min", lambda self, value: value)
+    monkeypatch.setattr(World, "min", lambda self, value, *_, **__: value)
     wishes = []
-    monkeypatch.setattr(machine, "pick_compile", lambda *wish: wishes.append(wish[1]) or (False, "played"))
+    monkeypatch.setattr(machine, "pick_compile", lambda *wish, **__: wishes.append(wish[1]) or (False, "played"))
     config = TrainConfig(total_batch_size=2**15)
     for world_size, B in ((1, 2), (2, 2)):
         resolved, _, _ = machine.resolve(config, stored(compile=True), model, World(0, world_size))
@@ -118,7 +118,7 @@ def test_a_stored_compile_is_no_wish_of_the_user_s(shard_folder, tmp_path, monke
     state["train_config"]["compile"] = True
     checkpoint.save(tmp_path, 4, state)
 
-    def missing(function, **options):
+    def missing(function, *_, **options):
         raise FileNotFoundError("g++")
 
     monkeypatch.setattr(torch, "compile", missing)
@@ -134,7 +134,7 @@ def test_a_stored_dtype_that_is_none_is_refused():
 
 def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp_path, monkeypatch):
     begin(shard_folder, tmp_path, dtype="bfloat16")
-    monkeypatch.setattr(machine, "is_native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(machine, "is_native", lambda dtype, device, *_, **__: dtype == torch.float32)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(UserError) as error:
         go_on(shard_folder, tmp_path, dtype=None)
@@ -149,8 +149,8 @@ def test_a_stored_bfloat16_is_told_where_the_hardware_has_none(shard_folder, tmp
 
 def test_a_device_of_another_kind_on_one_rank_counts_for_all(model, monkeypatch):
     """Else the ranks would go on with different batch sizes; here the other rank says 0, that is another kind."""
-    monkeypatch.setattr(World, "all", lambda self, true: False)
-    monkeypatch.setattr(World, "min", lambda self, value: value)
+    monkeypatch.setattr(World, "all", lambda self, true, *_, **__: False)
+    monkeypatch.setattr(World, "min", lambda self, value, *_, **__: value)
     world, state = World(0, 2), stored(micro_batch_size=16)
     state["machine"]["world_size"] = 2
     config = TrainConfig(dtype="float32", total_batch_size=2**15)
@@ -180,14 +180,14 @@ def test_every_step_but_the_first_reads_windows_that_were_announced(shard_folder
     announced, late = [], []
     batch = train_gpt2.DataLoaderLite.batch
 
-    def read(self, i):
-        x, y = batch(self, i)
+    def read(self, i, *more, **options):
+        x, y = batch(self, i, *more, **options)
         if self.shuffle:
             late.extend(i for window in zip(x.tolist(), y[:, -1].tolist()) if (*window[0], window[1]) not in announced)
         return x, y
 
     monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", read)
-    monkeypatch.setattr(train_gpt2.shards, "read_ahead", lambda tokens, start, stop: announced.append(
+    monkeypatch.setattr(train_gpt2.shards, "read_ahead", lambda tokens, start, stop, *_, **__: announced.append(
         (*tokens[start:stop].tolist(),)))
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path)))
     assert late == [0] * 4 + [1] * 4 + [2] * 4  # the first step's two batches, and the one it reads for the second
@@ -197,7 +197,8 @@ def test_the_time_that_a_step_waited_for_data_is_in_the_log(shard_folder, tmp_pa
     import time
 
     original = train_gpt2.DataLoaderLite.batch
-    monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", lambda self, i: (time.sleep(0.04), original(self, i))[1])
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", lambda *arguments, **options: (
+        time.sleep(0.04), original(*arguments, **options))[1])
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path, max_steps=4)))
     waited = [(line["data_ms"], line["dt_ms"]) for line in read_log(tmp_path, "train")]
     assert all(80 <= data_ms <= dt_ms for data_ms, dt_ms in waited)  # two batches per step

@@ -650,7 +650,7 @@ def test_names_of_datasets(name, expected):
 def test_a_mistyped_path_is_told_from_a_dataset_without_a_network(source, message, tmp_path, monkeypatch):
     (tmp_path / "data" / "my_texts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("plumbing.sources.patiently", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("plumbing.sources.patiently", lambda *_, **__: pytest.fail("asked the hub"))
     assert message in refused("--source", source=source, out="out") and not Path("out").exists()
 
 

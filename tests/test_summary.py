@@ -42,7 +42,7 @@ def train(**changes) -> float:
 @pytest.fixture
 def slow_machine(monkeypatch):
     """A machine that does one operation per second."""
-    monkeypatch.setattr(machine, "measured_peak", lambda *args: 1.0)
+    monkeypatch.setattr(machine, "measured_peak", lambda *_, **__: 1.0)
 
 
 def test_the_estimate_counts_operations_as_the_papers_do():
@@ -97,10 +97,11 @@ def test_a_run_of_more_than_a_week_is_refused_and_yes_starts_it(shard_folder, tm
 
 def test_a_started_run_is_told_to_go_on_elsewhere(shard_folder, tmp_path, monkeypatch):
     changes = dict(data=shard_folder, out_dir=tmp_path / "out")
-    monkeypatch.setattr(train_gpt2.RunLog, "val", lambda log, step, *args: step == 3 and signal.raise_signal(
+    monkeypatch.setattr(train_gpt2.RunLog, "val", lambda log, step, *_, **__: step == 3 and signal.raise_signal(
         signal.SIGTERM))
-    train(**changes)
-    monkeypatch.setattr(machine, "measured_peak", lambda *args: 1000.0)
+    with pytest.raises(cli.Stopped):
+        train(**changes)
+    monkeypatch.setattr(machine, "measured_peak", lambda *_, **__: 1.0)
     with pytest.raises(UserError, match="continue it on a faster machine"):
         train(**changes)
 
@@ -128,7 +129,7 @@ def test_a_run_that_memory_cannot_hold_is_refused(shard_folder, tmp_path, monkey
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "12345\n"}
-    monkeypatch.setattr(machine.Path, "read_text", lambda path, *args: limits[str(path)])
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, *_, **__: limits[str(path)])
     assert machine.memory_bytes() == 12345
 
 
@@ -227,7 +228,7 @@ def test_bold_type_is_for_terminals_alone(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.bold("x") == "x"  # pytest's stdout is no terminal
-    monkeypatch.setattr(sys.stdout, "isatty", lambda *args: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda *_, **__: True, raising=False)
     assert cli.bold("x") == "\033[1mx\033[0m"
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as changed:

@@ -74,8 +74,8 @@ def test_marks_within_lines_are_mentioned_once(tmp_path, capsys):
 
 def test_a_text_that_changes_while_it_is_tokenized_leaves_no_tokens(large, tmp_path, monkeypatch):
     """They would be found again under the hash of another text."""
-    def encode_and_append(*arguments):
-        for i, tokens in enumerate(works(*arguments)):
+    def encode_and_append(*arguments, **options):
+        for i, tokens in enumerate(works(*arguments, **options)):
             if i == 0:
                 with open(large, "a") as file:
                     file.write("One line more.\n")
@@ -146,7 +146,7 @@ def test_the_tokens_of_a_large_text_are_kept_and_found_again(large, tmp_path, mo
     cache = out / f"tokens-{sha256(large)[:16]}.npy"
     assert np.load(cache).tolist() == expected and np.load(cache).dtype == np.uint16
 
-    def again(*arguments):
+    def again(*arguments, **__):
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(text_file, "encode_in_pieces", again)
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(large, tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"cannot write to .*file/out"):
         tokens_of(large, tmp_path / "file" / "out", World())
 
-    def full(tokens):
+    def full(tokens, *_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(text_file, "npy_header", full)

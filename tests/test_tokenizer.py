@@ -65,7 +65,7 @@ def test_a_tampered_vocabulary_is_refused(tmp_path, monkeypatch):
     with open(tmp_path / "data" / "vocab.bpe", "a") as file:
         file.write("x y\n")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_, **__: spec)
     with pytest.raises(OSError, match="not OpenAI's"):
         gpt2_encoding.__wrapped__()
 

@@ -128,8 +128,8 @@ RECORDER = """
 import os, sys, json
 import train_gpt2
 original = train_gpt2.DataLoaderLite.batch
-def recording(self, i):
-    x, y = original(self, i)
+def recording(self, i, *more, **options):
+    x, y = original(self, i, *more, **options)
     if self.shuffle:
         with open(f"{sys.argv[1]}/rank{self.world.rank}of{self.world.world_size}", "a") as file:
             file.write(json.dumps([i, x.tolist(), y.tolist()]) + chr(10))
@@ -215,10 +215,10 @@ def test_micro_batches_give_the_gradient_of_one_batch(shard_folder, tmp_path, mo
     gradients = {}
     original = torch.nn.utils.clip_grad_norm_
     for B in (1, 2, 8):
-        def keep(parameters, *limit, B=B):
+        def keep(parameters, *limit, B=B, **options):
             parameters = list(parameters)
             gradients.setdefault(B, torch.cat([p.grad.flatten() for p in parameters]))
-            return original(parameters, *limit)
+            return original(parameters, *limit, **options)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
         train_in_process(tmp_path, data=shard_folder, micro_batch_size=B, max_steps=1)
     for B in (1, 2):
@@ -314,8 +314,8 @@ class PoisonedLoss(torch.autograd.Function):
 def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shard_folder, tmp_path, monkeypatch):
     original, calls = GPT.forward, []
 
-    def poisoned(self, idx, targets=None, cache=None):
-        loss = original(self, idx, targets, cache)
+    def poisoned(self, idx, targets=None, *more, **options):
+        loss = original(self, idx, targets, *more, **options)
         if targets is not None and loss.requires_grad:
             calls.append(loss)
             if len(calls) in poisoned_calls:
@@ -416,7 +416,7 @@ def test_a_reader_that_leaves_and_an_ascii_terminal_do_no_harm(shard_folder, tmp
 
 
 def test_out_of_memory_names_half_of_b(shard_folder, tmp_path, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(World, "sum_on_host", full)
     with pytest.raises(UserError, match="run the same command with --micro_batch_size 2"):

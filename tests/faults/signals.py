@@ -87,7 +87,7 @@ def the_demo(places=("step", "validation", "sample", "write", "hellaswag")) -> l
             extra = ["--hellaswag_every", "5", "--hellaswag_data", ROOT / "tests" / "hellaswag_examples.jsonl",
                      "--val_every", "5", "--sample_every", "5", "--checkpoint_every", "5"]
             process = start(["--out_dir", Path(home) / "run", "--data", ROOT / "input.txt", *extra], 1,
-                            f"TERM:{place}:3", OMP_NUM_THREADS="2")
+                            f"TERM:{place}:{30 if place == 'validation' else 3}", OMP_NUM_THREADS="2")
             wait_for(process, "stopping after what is under way")
             signalled = time.monotonic()
             assert "stopped after step" in finish(process, seconds=30)
