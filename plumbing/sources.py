@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from plumbing.cli import UserError, plural, print0
 from plumbing.conversions import BY_SUFFIX, count_suffixes, suffix_of, way_to_convert
+from plumbing.files import walk
 from plumbing.formats import ABOUT, READ, kind_of
 from plumbing.hub_files import SITES, Dataset, list_hub_files, parse_dataset
 from plumbing.network import patiently
@@ -163,19 +164,6 @@ def list_local(source: str) -> list[File]:
             once.add((status.st_dev, status.st_ino))
             found.append(File(path.as_posix(), relative(path, root), status.st_size))
     return found
-
-
-def walk(folder: Path):
-    """Yield the files below a folder; folders that are links are entered too, each once."""
-    entered = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def fixed_parts(pattern: str) -> list[str]:
