@@ -40,8 +40,8 @@ def place(trained, folder, date, step=6):
 def test_it_is_the_run_of_the_newest_checkpoint_whatever_the_depth_and_the_step(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = GenerateConfig()
-    with pytest.raises(UserError, match="no run below log/ has a checkpoint: train one first, python train_gpt2.py, or "
-                                        "name a model, such as --model gpt2"):
+    with pytest.raises(UserError, match=r"has a checkpoint: train one first, python train_gpt2.py, or name a model, "
+                                        r"such as --model gpt2"):
         models.or_newest(config)
     assert models.or_newest(dataclasses.replace(config, model="gpt2")).model == "gpt2"
     for i, folder in enumerate(["", "b", "a/deep/er", "c"]):
@@ -91,9 +91,10 @@ def test_an_older_checkpoint_of_the_newest_run_will_do(trained, tmp_path, monkey
 
 def test_every_command_takes_it(trained, tmp_path):
     place(trained, tmp_path / "log" / "demo", 1000)
+    examples = ROOT / "tests" / "hellaswag_examples.jsonl"
     for script, arguments in (("generate.py", ["--max_new_tokens", "2", "--device", "cpu"]), ("plot.py", []),
                               ("export_hf.py", []), ("export_hf.py", ["mine/"]),
-                              ("hellaswag.py", ["--data", ROOT / "tests" / "hellaswag_examples.jsonl", "--limit", "2"])):
+                              ("hellaswag.py", ["--data", examples, "--limit", "2"])):
         result = run(arguments, cwd=tmp_path, script=ROOT / script)
         assert result.returncode == 0, result.stderr
         assert "using log/demo, step 6\n" in result.stderr and "using" not in result.stdout
