@@ -176,7 +176,8 @@ def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifes
     with contextlib.closing(ids), progress_bar(outlook.expected, manifest.total("tokens"), "tok") as bar:
 
         def report(tokens: int, documents: int, shards: int, piece) -> None:
-            bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} documents", refresh=False)
+            bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} {plural(documents, 'document')}",
+                                refresh=False)
             outlook.move(bar, tokens, piece.file, piece.share)
 
         try:
@@ -384,7 +385,7 @@ def output_folder(config: FineWebConfig):
 def verify_shards(config: FineWebConfig) -> None:
     """Hash every shard in --out and compare it with the manifest."""
     found = [path for path in Path(config.out).glob("*") if path.suffix in (".npy", ".bin")]
-    with progress_bar(sum(path.stat().st_size for path in found), 0, "B") as bar:
+    with progress_bar(sum(path.stat().st_size for path in found), 0, "B", quiet=not found) as bar:
         shards, tokens = verify(config.out, bar.update)
     print(f"verified: {shards} {plural(shards, 'shard')}, {tokens:,} tokens, all as they were written")
 

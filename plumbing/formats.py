@@ -41,7 +41,9 @@ class Spot:
         """Return which part of the file has been read once `row` rows have; None if that is not known."""
         if self.rows:
             return min(1.0, row / self.rows)
-        return min(1.0, self.stream.tell() / self.size) if self.size else None
+        if not self.size:
+            return None
+        return 1.0 if self.stream.closed else min(1.0, self.stream.tell() / self.size)
 
 
 ROWS = 250  # rows per read: the system reuses buffers of a few MB, while larger ones cost page faults

@@ -102,7 +102,7 @@ def told_on_interrupt(config):
 def print_finished(config, manifest: Manifest, before: int = 0, seconds: float = 0) -> None:
     """Print what the folder holds, how fast this run wrote all but `before` tokens of it, and what to do with it."""
     tokens, documents, shards = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
-    line = f"finished: {tokens:,} tokens" + (f" of {documents:,} documents" if documents else "")
+    line = f"finished: {tokens:,} tokens" + (f" of {documents:,} {plural(documents, 'document')}" if documents else "")
     line += f" in {shards} {plural(shards, 'shard')} in {config.out}"
     if skipped := manifest.values.get("skipped_rows"):
         line += f" ({skipped:,} bad {plural(skipped, 'row')} skipped)"
