@@ -169,7 +169,7 @@ def test_nulls_and_empty_texts_anywhere_in_a_piece(write, name, tmp_path, monkey
     prepare(source=source, out=tmp_path / "out", shard_size=50)
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
     for k in rng.sample(range(len(expected) // 50), 12):  # going on in the middle of a piece, too
-        (tmp_path / "out" / fineweb.shard_name(fineweb.FineWebConfig(), k)).unlink()
+        (tmp_path / "out" / f"a_{'train' if k else 'val'}_{k:06d}.npy").unlink()
         prepare(source=source, out=tmp_path / "out", shard_size=50)
         assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
 
@@ -317,7 +317,7 @@ def test_a_disk_too_small_is_said_first(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", documents(50))
     with pytest.raises(UserError, match="make room, name another --out, or take less with --max_tokens"):
         prepare(source=source, out=tmp_path / "out")
-    assert "GB to write" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert " kB to write" in capsys.readouterr().out and not (tmp_path / "out").exists()
     prepare(source=source, out=tmp_path / "out", max_tokens=500)  # 1,000 bytes
 
 
@@ -351,7 +351,7 @@ def test_a_finished_folder_is_kept_and_other_settings_are_refused(tmp_path, caps
     prepare(source=source, out=out, shard_size=5000)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")}
     prepare(source=source, out=out, shard_size=5000)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("finished: ")
+    assert capsys.readouterr().out.splitlines()[-2].startswith("finished: ")
     for other in (dict(shard_size=6000), dict(shard_size=5000, max_tokens=100), dict(shard_size=5000, text_column="id"),
                   dict(shard_size=5000, tokenizer="tiktoken")):
         with pytest.raises(OSError, match="was made with another"):
@@ -642,12 +642,16 @@ def test_train_gpt2_runs_on_the_shards(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", [TEXT[i:i + 3000] for i in range(0, len(TEXT), 3000)])
     result = run(command(source=source, out=tmp_path / "data", max_tokens=60_000, shard_size=20_000)[2:], script=SCRIPT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("finished: 60,000 tokens of ")
+    assert result.stdout.splitlines()[-2].startswith("finished: 60,000 tokens of ")
     assert "tokens/s" in result.stdout and "3 shards" in result.stdout
     result = run(flags(data=tmp_path / "data", out_dir=tmp_path / "log", max_steps=3))
     assert result.returncode == 0, result.stderr
 
 
-def test_everything_in_the_validation_shard_is_warned_of(tmp_path, capsys):
-    prepare(source=write_jsonl(tmp_path / "a.jsonl", documents(5)), out=tmp_path / "out")
-    assert "the only shard is the validation split" in capsys.readouterr().err
+def test_a_split_that_takes_most_is_warned_of(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(30))
+    prepare(source=source, out=tmp_path / "out", shard_size=4000)
+    assert re.search(r"warning: 4,000 of [\d,]+ tokens are in the validation split: to train on more, name another "
+                     r"--out and --shard_size \d+\n", capsys.readouterr().err)
+    prepare(source=source, out=tmp_path / "more", shard_size=400)
+    assert "warning" not in capsys.readouterr().err
