@@ -1,6 +1,7 @@
 """Export a checkpoint as a folder that transformers, lm-eval and the tools around them can load.
 
-    python export_hf.py log out/                     # the newest checkpoint of a run
+    python export_hf.py                              # the newest run below log/, to a folder such as out_demo_180/
+    python export_hf.py log out/                     # the newest checkpoint of a certain run
     python export_hf.py log/model_019073.pt out/     # a particular one
     python export_hf.py log out/ --push_to_hub OWNER/NAME     # and upload it
 
@@ -20,13 +21,13 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from plumbing import models, report, transformers_format, upload
+from plumbing import models, newest, published, report, transformers_format, upload
 from plumbing.cli import UserError, check_values, parse_flags, run_command
 from plumbing.model_tokenizer import END, tokenizer_of
 from plumbing.progress import busy
@@ -39,8 +40,8 @@ TOLERANCE = 1e-4  # largest accepted difference between two logits, computed in 
 @dataclass(frozen=True)
 class ExportConfig:
     """What to export, and where to. Raises UserError for a value out of its range."""
-    model: str  # run folder, .pt file, transformers folder, or OpenAI's gpt2 to gpt2-xl
-    out: str  # new folder; one that exists is left alone
+    model: str = ""  # run folder, .pt file, transformers folder, or gpt2 to gpt2-xl (empty: the newest run below log/)
+    out: str = ""  # new folder; one that exists is left alone (empty: out_RUN_STEP)
     push_to_hub: str = ""  # also upload the folder to the Hugging Face hub, as OWNER/NAME
 
     def __post_init__(self):
@@ -106,15 +107,41 @@ def export(model: GPT, folder: Path, card: str, tokenizer, rows: int) -> str:
     return f"loaded again by {loader}, its logits differ by at most {difference:.1e}"
 
 
+def named_alone(flags: dict) -> dict:
+    """Return the flags with a single name taken as `out` if no model has it: it is a new folder."""
+    name = flags.get("model", "")
+    if not name or "out" in flags or name in published.MODELS or name.endswith(".pt"):
+        return flags
+    if (Path(name) / "config.json").exists():  # rather an earlier export than what is to be exported
+        refuse_existing(name)
+    if os.path.exists(name) or newest.resembling(name):
+        return flags
+    return {**flags, "model": "", "out": name}
+
+
+def default_out(source: str, state: dict | None) -> str:
+    """Return the folder for a model if none is named, such as out_demo_180 for step 180 of log/demo."""
+    name = f"{Path(state['path']).absolute().parent.name}_{state['step']}" if state else Path(source).absolute().name
+    return f"out_{name}"
+
+
+def refuse_existing(out: str) -> None:
+    """Raise UserError if there is a file or folder of that name."""
+    if out and os.path.lexists(out):
+        raise UserError(f"{out} exists already: name a new folder, python export_hf.py MODEL NEW_FOLDER")
+
+
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    config = ExportConfig(**parse_flags(ExportConfig, argv, "Export a model for transformers.", ("model", "out")))
-    source, out = config.model, Path(config.out).absolute()
-    if os.path.lexists(out):
-        raise UserError(f"{config.out} exists already: name a new folder")
+    flags = parse_flags(ExportConfig, argv, "Export a model for transformers.", ("model", "out"))
+    config = models.or_newest(ExportConfig(**named_alone(flags)), "python export_hf.py gpt2")
     if config.push_to_hub:
         upload.check_name(config.push_to_hub)
+    source = config.model
     state = models.find(source)
+    config = replace(config, out=config.out or default_out(source, state))
+    refuse_existing(config.out)
+    out = Path(config.out).absolute()
     tokenizer = tokenizer_of(state or source)
     model = GPT.load(state or source)
     rows = model.config.vocab_size

@@ -1,13 +1,14 @@
 """FineWeb-Edu, or texts of your own, as GPT-2 tokens: edu_fineweb10B/edufineweb_{val,train}_{i:06d}.npy
 
     python fineweb.py                                        # sample-10BT: reads 28.5 GB, writes 19.9 GB
-    python fineweb.py --source my_texts --max_tokens 2_000_000 --shard_size 500_000 --out my_shards
+    python fineweb.py --source my_texts                      # my_texts_shards/my_texts_{val,train}_{i:06d}.npy
     python fineweb.py --download kjj0/finewebedu10B-gpt2     # or the 10B tokens ready-made, 20 GB
     python fineweb.py --verify                               # is every shard still what was written?
 
 A document is the token 50256 (<|endoftext|>) followed by the GPT-2 tokens of its text. Documents follow one another
 through the shards: .npy files of uint16 with `shard_size` tokens each, the last with what is left. Shard 0 is the
-validation split. Rows whose text is null are left out, and with --skip_bad_rows those that cannot be read.
+validation split: 1 % of texts that fill no second shard. Rows whose text is null are left out, and with
+--skip_bad_rows those that cannot be read.
 
 Reading, tokenizing and writing overlap, in threads:
 
@@ -29,7 +30,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -42,16 +42,17 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, print0, run_command
+from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, run_command
 from plumbing.encode import encode_texts, make_encoder, warn_of_marks
 from plumbing.files import DataError, lock, sha256
 from plumbing.hub_files import list_bin_files, parse_dataset
-from plumbing.manifest import Manifest, ShardWriter, verify
+from plumbing.manifest import NAME, Manifest, ShardWriter, is_begun_with, verify
 from plumbing.network import patiently
+from plumbing.outlook import FOLDER, Outlook, check_disk, print_finished, told_on_interrupt
 from plumbing.progress import load_tqdm, progress_bar
-from plumbing.resuming import Position, check_source, join_pieces, list_source, next_position
+from plumbing.resuming import Beginning, Position, check_source, join_pieces, list_source, next_position
 from plumbing.shards import FINEWEB_EDU, open_shard
-from plumbing.sources import File, estimate_tokens
+from plumbing.sources import File, is_fineweb_edu, name_of
 from plumbing.texts import read_texts
 from plumbing.threads import count_cores, in_background, map_in_order, prefetch
 from plumbing.tokenizer import SHA256
@@ -75,7 +76,7 @@ class FineWebConfig:
     retries: int = 8  # retries in a row after a network error, with waits of 1, 2, 4 ... 60 seconds
 
     # Where the tokens go
-    out: str = "edu_fineweb10B"  # folder for the shards
+    out: str = ""  # folder for the shards (empty: edu_fineweb10B, or one named after another --source, NAME_shards)
     shard_size: Annotated[int, Range(1, 2**40 - 1)] = 100_000_000  # tokens per shard; shard 0 is the validation split
     max_tokens: Annotated[int, Range(0, 10**15)] = 0  # tokens to write, by all nodes together (0: every document)
 
@@ -101,13 +102,21 @@ class FineWebConfig:
         dataset = parse_dataset(self.download)
         if self.download and (dataset is None or dataset.folder):
             raise UserError(f"--download is {self.download!r}, it must be OWNER/NAME or OWNER/NAME@REVISION")
+        object.__setattr__(self, "out", self.out or self.default_out)
+
+    @property
+    def default_out(self) -> str:
+        """Return the folder that the shards go to if none is named."""
+        if self.download or is_fineweb_edu(self.source) or is_begun_with(FOLDER, self.source):  # by an earlier version
+            return FOLDER
+        return f"{name_of(self.source)}_shards"
 
     @property
     def command(self) -> str:
         """Return the command line that gives these settings."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         words = ([f"--{field.name}"] + [str(value)] * (value is not True) for field, value in values
-                 if value != field.default)
+                 if value != (self.default_out if field.name == "out" else field.default))
         return shlex.join(["python", "fineweb.py", *itertools.chain.from_iterable(words)])
 
     @property
@@ -137,13 +146,14 @@ def prepare(config: FineWebConfig, encode) -> None:
         print_finished(config, manifest)
         return
     before, started = manifest.total("tokens"), time.perf_counter()
-    expected = min(config.node_limit, max(before, estimate_tokens(mine)))
-    check_disk(config, 2 * (expected - before), f"{len(mine)} {plural(len(mine), 'file')} of {config.source}")
+    outlook = Outlook(config, mine, manifest)
+    left = None if outlook.expected is None else 2 * (outlook.expected - before)
+    check_disk(config, left, f"{len(mine)} {plural(len(mine), 'file')} of {config.source}", begun=before > 0)
     manifest.begin(manifest.values | {"source": config.source, "revision": commit, "tokenizer_sha256": SHA256,
                                       "files": [file.record for file in files],
                                       "tokenizer_version": version(config.tokenizer)})
     try:
-        skipped = tokenize(config, encode, mine, manifest, expected)
+        skipped = tokenize(config, encode, mine, manifest, outlook)
         if not manifest.shards:
             raise UserError(f"there is no text in {config.source}")
     except BaseException:
@@ -151,32 +161,30 @@ def prepare(config: FineWebConfig, encode) -> None:
         raise
     manifest.finish(skipped_rows=skipped)
     print_finished(config, manifest, before, time.perf_counter() - started)
-    if len(manifest.shards) == config.num_nodes == 1:
-        print("warning: the only shard is the validation split: to train on this too, choose another --out and "
-              f"--shard_size {max(1, manifest.total('tokens') // 10)}", file=sys.stderr, flush=True)
 
 
-def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifest, expected: float) -> int:
-    """Read, tokenize and write the files, from where the manifest ends, with a progress bar of `expected` tokens.
+def tokenize(config: FineWebConfig, encode, files: list[File], manifest: Manifest, outlook: Outlook) -> int:
+    """Read, tokenize and write the files, from where the manifest ends, with a progress bar.
 
     Returns how many rows have been skipped, in earlier runs too.
     """
     names, stop, found = [file.path for file in files], threading.Event(), []
-    start, sizes = next_position(manifest), list(itertools.accumulate(file.size for file in files))
+    start = next_position(manifest)
     texts = read_texts(names, config.text_column, (start.file, start.row), config.skip_bad_rows,
                        (config.retries, config.remedy), stop)
     ids = map_in_order(functools.partial(encode_texts, encode=encode, files=names), prefetch(texts, stop),
                        config.num_proc or min(count_cores(), MAX_THREADS))
-    with contextlib.closing(ids), progress_bar(expected, manifest.total("tokens"), "tok") as bar:
+    with contextlib.closing(ids), progress_bar(outlook.expected, manifest.total("tokens"), "tok") as bar:
 
-        def report(tokens: int, documents: int, shards: int, file: int) -> None:
-            if file:  # the files so far predict the others better than the usual tokens per byte
-                bar.total = min(config.node_limit, max(tokens, tokens * sizes[-1] // max(1, sizes[file - 1])))
-            bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} documents", refresh=False)
-            bar.update(tokens - bar.n)
+        def report(tokens: int, documents: int, shards: int, piece) -> None:
+            bar.set_postfix_str(f"{shards} {plural(shards, 'shard')}, {documents:,} {plural(documents, 'document')}",
+                                refresh=False)
+            outlook.move(bar, tokens, piece.file, piece.share)
 
         try:
-            return write_shards(join_pieces(ids, manifest, found), config, manifest, report)
+            skipped = write_shards(join_pieces(ids, manifest, found), config, manifest, report)
+            bar.total = bar.n  # all of it
+            return skipped
         finally:
             warn_of_marks(np.sum(found, axis=0), config.source)
 
@@ -185,13 +193,14 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> i
     """Write Tokens as shards, up to the node's limit, and add each to the manifest. Returns the number of skipped rows.
 
     "next" in a shard's record is the Position at which the following shard begins. Calls report(tokens, documents,
-    shards, file) with the numbers so far, which include earlier runs.
+    shards, piece) with the numbers so far, which include earlier runs.
     """
     written, documents, number = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
-    limit, start = config.node_limit, next_position(manifest)
+    limit, start, beginning = config.node_limit, next_position(manifest), Beginning(config.shard_size)
     i = start.offset  # tokens of the first document that an earlier run has written
-    shard, finishing, skipped = None, Future(), 0
+    shard, finishing, skipped = None, Future(), (manifest.shards or [{}])[-1].get("skipped", 0)
     finishing.set_result(None)
+    record = {}  # of the shard
 
     def finish(shard: ShardWriter, record: dict) -> None:
         manifest.add(shard.finish() | record)
@@ -203,42 +212,69 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> i
                 if i and (piece.rows[:1].tolist() != [start.row] or i > first - 1):
                     raise UserError(f"{config.source} is not what {config.out} was begun with: choose another --out")
                 skipped = piece.skipped + len(piece.bad)
+                beginning.add(piece)
                 while i < len(piece.tokens) and written < limit:
+                    if shard and shard.tokens == config.shard_size:  # and others follow
+                        finishing.result()  # waits for the shard before
+                        finishing, shard = disk.submit(finish, shard, record), None
                     if shard is None:
-                        shard = ShardWriter(Path(config.out) / shard_name(config, number), config.shard_size)
+                        shard = ShardWriter(Path(config.out) / shard_name(config, manifest, number), config.shard_size)
                         number += 1
                     end = min(len(piece.tokens), i + config.shard_size - shard.tokens, i + limit - written)
                     begun = int(np.diff(np.searchsorted(piece.starts, [i, end]))[0])
                     shard.write(piece.tokens[i:end], begun)
                     i, written, documents = end, written + end - i, documents + begun
-                    if shard.tokens == config.shard_size or written == limit:
-                        finishing.result()  # waits for the shard before
-                        finishing, shard = disk.submit(finish, shard, piece.record(i)), None
-                report(written, documents, number, piece.file)
+                    record = piece.record(i)
+                report(written, documents, number, piece)
                 if written == limit:
                     break
                 i = 0
             finishing.result()
-            if written == limit:
-                return manifest.shards[-1].get("skipped", 0)
-            if shard is not None:
-                finish(shard, {"next": Position(piece.file + 1, 0, 0), "skipped": skipped, "file_tokens": 0})
+            if shard and written < limit:
+                record = {"next": Position(piece.file + 1, 0, 0), "skipped": skipped, "file_tokens": 0}
+            if shard and config.node_rank == 0 and number == 1 and shard.tokens > 1:
+                shard = set_apart(shard, config, manifest, beginning)
+            if shard:
+                finish(shard, record)
         finally:
             if shard is not None:
                 shard.abandon()
-    return skipped
+    return manifest.shards[-1].get("skipped", 0) if written == limit else skipped
+
+
+def set_apart(shard: ShardWriter, config: FineWebConfig, manifest: Manifest, beginning: Beginning) -> ShardWriter:
+    """Finish the only shard with a share of its tokens, for validation, and return another with the rest.
+
+    A kill in between leaves the validation shard, after which the same command goes on.
+    """
+    count, documents, record = beginning.cut(shard.tokens)
+    rest = ShardWriter(Path(config.out) / shard_name(config, manifest, 1), config.shard_size)
+    try:
+        shard.give(count, documents, rest)
+        manifest.add(shard.finish() | record)
+    except BaseException:
+        rest.abandon()
+        raise
+    return rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Shards and their manifest
 # ---------------------------------------------------------------------------------------------------------------------
 
-def shard_name(config: FineWebConfig, k: int) -> str:
-    """Return the file name of this node's k-th shard."""
+def shard_name(config: FineWebConfig, manifest: Manifest, k: int) -> str:
+    """Return the file name of this node's k-th shard. A folder that was begun goes on with the names that it has."""
     if config.num_nodes > 1 and k >= NODE_SHARDS:
         raise UserError(f"a node has numbers for {NODE_SHARDS:,} shards: choose a larger --shard_size, another --out")
     split = "val" if config.node_rank == k == 0 else "train"
-    return f"edufineweb_{split}_{config.node_rank * NODE_SHARDS + k:06d}.npy"
+    return f"{manifest.prefix}_{split}_{config.node_rank * NODE_SHARDS + k:06d}.npy"
+
+
+def first_names(config: FineWebConfig) -> list[str]:
+    """Return the names that this node's first shard has or, if an earlier version has begun the folder, may have."""
+    split = "train" if config.node_rank else "val"
+    return [f"{prefix}_{split}_{config.node_rank * NODE_SHARDS:06d}.npy" for prefix in (
+        name_of(config.source), "edufineweb")]
 
 
 def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
@@ -253,37 +289,20 @@ def open_manifest(config: FineWebConfig, settings: tuple[str, ...]) -> Manifest:
     for name in manifest.missing[:1]:
         print(f"warning: {Path(config.out) / name} is missing or cut off: going on from there", file=sys.stderr,
               flush=True)
+    others = [shard["name"] for record in manifest.others() for shard in record["shards"]]
+    prefixes = [manifest.prefix, *(match[1] for match in map(NAME.fullmatch, others) if match)]
+    manifest.prefix = next(filter(None, prefixes), name_of(config.source))
     if not manifest.values:
         mine = range(config.node_rank * NODE_SHARDS, (config.node_rank + 1) * NODE_SHARDS)
         for path in sorted([*Path(config.out).glob("*.npy"), *Path(config.out).glob("*.bin")]):
-            if manifest.progress.exists() and path.name == shard_name(config, 0):
+            if manifest.progress.exists() and path.name in first_names(config):
+                manifest.prefix = NAME.fullmatch(path.name)[1]
                 continue  # a kill came before it was recorded: it is written again
             number = re.search(r"_(\d{6})\.npy$", path.name)
             if config.num_nodes == 1 or not number or int(number[1]) in mine:
                 raise UserError(f"{path} is there and no manifest says what it is: choose another --out, or delete it")
     manifest.values = values | manifest.values
     return manifest
-
-
-def check_disk(config: FineWebConfig, needed: int, what: str) -> None:
-    """Print how many bytes will be written. Raises UserError if the disk has less room than that."""
-    free = shutil.disk_usage(config.out).free
-    print0(f"{what}: {needed / 1e9:,.3g} GB to write to {config.out}, {free / 1e9:,.3g} GB free there")
-    if needed > free:
-        raise UserError(f"{config.out} needs {needed / 1e9:,.3g} GB and its disk has {free / 1e9:,.3g} GB free: make "
-                        "room, name another --out, or take less with --max_tokens")
-
-
-def print_finished(config: FineWebConfig, manifest: Manifest, before: int = 0, seconds: float = 0) -> None:
-    """Print the last line: what the folder holds, and how fast this run wrote all but `before` tokens of it."""
-    tokens, documents, shards = manifest.total("tokens"), manifest.total("documents"), len(manifest.shards)
-    line = f"finished: {tokens:,} tokens" + (f" of {documents:,} documents" if documents else "")
-    line += f" in {shards} {plural(shards, 'shard')} in {config.out}"
-    if skipped := manifest.values.get("skipped_rows"):
-        line += f" ({skipped:,} bad {plural(skipped, 'row')} skipped)"
-    if tokens > before and seconds:
-        line += f"; {tokens - before:,} of them now, in {seconds:.1f} s: {(tokens - before) / seconds:,.0f} tokens/s"
-    print0(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +376,8 @@ def output_folder(config: FineWebConfig):
     name = f".lock{config.node_rank}"
     with lock(config.out, "another fineweb.py is writing to", "choose another --out", name):
         try:
-            yield
+            with told_on_interrupt(config):
+                yield
         except DataError:
             raise
         except OSError as error:

@@ -1,8 +1,8 @@
 """Continue a prompt with a checkpoint of train_gpt2.py, an exported folder or OpenAI's weights.
 
-    python generate.py --model log --prompt "Hello, I'm a language model," --num_samples 4
+    python generate.py --prompt "The old woman" --num_samples 4   # the newest run below log/
     python generate.py --model gpt2 --interactive             # asks for one prompt after another; Ctrl-D ends it
-    git log -1 | python generate.py --model log --prompt -    # reads the prompt from stdin
+    git log -1 | python generate.py --model log --prompt -    # a certain run; reads the prompt from stdin
 
 Text streams to stdout as it is generated, in whole characters; timings go to stderr. A sample ends after max_new_tokens
 or at <|endoftext|>, which is not printed. A transformers folder that brings its own tokenizer is given text with that,
@@ -39,7 +39,7 @@ GPT2 = Gpt2Tokenizer()
 class GenerateConfig:
     """What to generate, and how. Raises UserError for a value out of its range."""
     # Text
-    model: str = "log"  # run folder, .pt file, transformers folder, or OpenAI's gpt2 to gpt2-xl
+    model: str = ""  # run folder, .pt file, transformers folder, or gpt2 to gpt2-xl (empty: the newest run below log/)
     prompt: Prompt = "Hello, I'm a language model,"  # text to continue (-: read from stdin; empty: begin a new text)
     num_samples: Annotated[int, Range(1, 10_000)] = 1  # samples per prompt, generated as one batch
     max_new_tokens: Annotated[int, Range(1, 1_000_000)] = 200  # tokens per sample, at most
@@ -150,6 +150,7 @@ def main(argv: list[str]) -> None:
     config = GenerateConfig(**flags)
     if config.interactive and "prompt" in flags:
         raise UserError("--interactive asks for prompts: leave --prompt out")
+    config = models.or_newest(config)
     with processes(config.device) as world:
         device = world.device
         model, tokenizer = load(config, device)

@@ -1,6 +1,6 @@
 """HellaSwag: does a model find the real ending of a story likelier than three false ones? (Zellers et al. 2019)
 
-    python hellaswag.py --model log                    # the newest checkpoint of a run, on all 10,042 examples
+    python hellaswag.py                                # the newest run below log/, on all 10,042 examples
     python hellaswag.py --model gpt2                   # OpenAI's weights; also a transformers folder or a .pt file
     python hellaswag.py --model log --style harness    # as lm-eval scores it
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model log
@@ -62,7 +62,7 @@ Style = Literal["completion", "harness"]
 class HellaSwagConfig:
     """One evaluation: every field is a flag."""
     # What is scored
-    model: str = "log"  # run folder, .pt file, transformers folder, or OpenAI's gpt2 to gpt2-xl
+    model: str = ""  # run folder, .pt file, transformers folder, or gpt2 to gpt2-xl (empty: the newest run below log/)
     data: str = ""  # file of examples, .jsonl or .jsonl.gz (empty: downloads the official one)
     split: Literal["val", "train"] = "val"  # official file to score; the labels of test are not public
     limit: int = 0  # examples, from the start of the file (0: all)
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> None:
     from train_gpt2 import GPT  # here, as train_gpt2 imports this file
 
     flags = cli.parse_flags(HellaSwagConfig, argv, "Score a GPT-2 on HellaSwag: acc and acc_norm.")
-    config = HellaSwagConfig(**flags)
+    config = models.or_newest(HellaSwagConfig(**flags))
     if config.out:
         jsonl.check_new_file(config.out, "choose another --out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does and leaves as little behind

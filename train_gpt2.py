@@ -101,13 +101,13 @@ class TrainConfig:
 
 
 MAY_CHANGE_ON_RESUME = {  # anything else would make it another experiment
-    "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing",
-    "keep_checkpoints", "keep_best", "checkpoint_every", "logger", "val_every",
-    "sample_every", "hellaswag_every", "hellaswag_limit", "hellaswag_data", "log_every", "yes",
+    "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing", "deterministic",
+    "keep_checkpoints", "keep_best", "checkpoint_every", "logger", "val_every", "sample_every",
+    "sample_prompt", "hellaswag_every", "hellaswag_limit", "hellaswag_data", "log_every", "yes",
 }
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {  # the schedule too
     "branch_from", "init_from", "max_steps", "max_lr", "min_lr", "warmup_steps", "decay",
-    "decay_steps", "val_tokens", "sample_prompt",
+    "decay_steps", "val_tokens",
 }
 
 # -----------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def train(settings: dict) -> None:
     train_gpt2.main(train_gpt2.TrainConfig(
         data=settings["data"], out_dir=out_dir, max_steps=steps, val_every=0,
         val_tokens=config["sequence_length"], hellaswag_every=0, sample_every=0, checkpoint_every=0, compile=False,
-        device="cpu", **config))
+        device="cpu", yes=True, **config))
 
 
 def spans(events, *names: str) -> list[list[float]]:

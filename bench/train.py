@@ -144,7 +144,8 @@ def run_ours(job: Job, turns: Turns) -> None:
     train_gpt2.main(TrainConfig(
         data=job.data, out_dir=out_dir, **job.shape, sequence_length=job.T, micro_batch_size=job.B,
         total_batch_size=job.tokens, max_steps=10**6, val_every=0, val_tokens=job.T, hellaswag_every=0, sample_every=0,
-        checkpoint_every=0, compile=job.side == "compiled", dtype=job.config.dtype, device=job.config.device))
+        checkpoint_every=0, compile=job.side == "compiled", dtype=job.config.dtype, device=job.config.device,
+        yes=True))
 
 
 def run_transformers(job: Job, turns: Turns) -> None:

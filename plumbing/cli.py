@@ -159,7 +159,7 @@ def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, .
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
     program = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    words = [f"[{name.upper()} ...]" if fields[name].type is list else name.upper() for name in positional]
+    words = [f"[{name.upper()} ...]" if fields[name].type is list else f"[{name.upper()}]" for name in positional]
     if len(fields) > len(positional):
         words.append("[--flag VALUE ...]")
     usage = " ".join(["python", program, *words])
@@ -188,7 +188,7 @@ def add_argument(group, field, text: str, is_positional: bool) -> None:
     elif kind is list:
         group.add_argument(field.name, help=text, nargs="*", type=str)
     elif is_positional:
-        group.add_argument(field.name, help=text, type=kind)
+        group.add_argument(field.name, help=text, type=kind, nargs="?")
     elif get_origin(kind) is Literal:
         group.add_argument(f"--{field.name}", metavar="{" + ",".join(filter(None, get_args(kind))) + "}", help=text)
     else:

@@ -84,6 +84,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def walk(folder: Path):
+    """Yield the files below a folder; folders that are links are entered too, each once."""
+    entered = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
 def set_aside(path: Path, why: str) -> None:
     """Rename a file to NAME.old, or .old1 and so on, so that another can take its name, and say so.
 

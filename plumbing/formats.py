@@ -32,6 +32,20 @@ class Unreadable(UserError):
     """Raised for a file, or the rest of one, that is not what its name says."""
 
 
+class Spot:
+    """Where in a file its reader is: `stream` is read from byte 0 to `size`, or the file has so many `rows`."""
+
+    stream, size, rows = None, 0, 0
+
+    def share(self, row: int) -> float | None:
+        """Return which part of the file has been read once `row` rows have; None if that is not known."""
+        if self.rows:
+            return min(1.0, row / self.rows)
+        if not self.size:
+            return None
+        return 1.0 if self.stream.closed else min(1.0, self.stream.tell() / self.size)
+
+
 ROWS = 250  # rows per read: the system reuses buffers of a few MB, while larger ones cost page faults
 READ = "a .parquet, .jsonl, .json, .csv, .tsv, .arrow or .txt file"
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
@@ -44,24 +58,26 @@ ABOUT = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|citation|requir
                    r"vocab|tokenizer.*|special_tokens_map|generation_config|croissant)\.json", re.IGNORECASE)
 
 
-def read_rows(name: str, column: str, skip: bool):
+def read_rows(name: str, column: str, skip: bool, spot: Spot | None = None):
     """Yield (Arrow binary array, {index in it: what is wrong}) for each batch of up to ROWS rows of a file, in order.
+
+    `spot` then says how far it is.
 
     A row that cannot be read is null in the array and named in the dict; with `skip`, damage to a part of a parquet
     file is treated so too, and otherwise raised. Raises UserError if the file does not have such a column.
     """
-    kind = kind_of(name)
+    kind, spot = kind_of(name), spot or Spot()
     if kind in ("parquet", "arrow") and "://" not in name:
         with open(name, "rb") as file:
             if file.read(len(LFS)) == LFS:
                 raise Unreadable(NOT_FETCHED)
     if kind == "parquet":
-        return read_row_groups(name, column) if skip or "." in column else read_parquet(name, column)
+        return (read_row_groups if skip or "." in column else read_parquet)(name, column, spot)
     if kind == "arrow":
-        return read_arrow(name, column)
+        return read_arrow(name, column, spot)
     if kind == "txt":
-        return read_document(name, column)
-    return read_table(name, column) if kind in ("csv", "tsv") else read_json(name, column)
+        return read_document(name, column, spot)
+    return (read_table if kind in ("csv", "tsv") else read_json)(name, column, spot)
 
 
 def convert(rows, text_of):
@@ -91,7 +107,7 @@ def as_utf8(text: str) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def open_text(name: str):
+def open_text(name: str, spot: Spot):
     """Open a file for reading its bytes, decompressed and without the byte-order mark of UTF-8.
 
     Raises UserError if it is in UTF-16 or UTF-32, binary, or not compressed as its name says.
@@ -101,6 +117,7 @@ def open_text(name: str):
 
     with fsspec.open(name, "rb") if "://" in name else open(name, "rb") as stream:
         raw = io.BufferedReader(stream, 1 << 20) if "://" in name else stream
+        spot.stream, spot.size = raw, stream.size if "://" in name else os.fstat(stream.fileno()).st_size
         codec = next((codec for magic, codec in MAGIC.items() if raw.peek(4).startswith(magic)), "")
         suffix = Path(name).suffix.lower()
         if suffix in MAGIC.values() and codec != suffix and raw.peek(1):
@@ -167,7 +184,7 @@ def in_batches(items):
     raise error
 
 
-def read_document(name: str, column: str):
+def read_document(name: str, column: str, spot: Spot):
     """Yield the text of a .txt file as one row, with the ends of lines as Python reads them; none if it is empty.
 
     A file that is binary, markup, JSON or a table is a bad row.
@@ -185,17 +202,17 @@ def read_document(name: str, column: str):
             raise UserError(f"it seems to be {STRUCTURED[found]}, not plain text: rename it to {found}")
         return decode(data, name).replace("\r\n", "\n").replace("\r", "\n").encode() or None
 
-    with open_text(name) as file:
+    with open_text(name, spot) as file:
         yield convert([file.read()], text_of)
 
 
-def read_table(name: str, column: str):
+def read_table(name: str, column: str, spot: Spot):
     """Yield one column of a .csv or .tsv file. Texts are kept as they are written; an empty field is null.
 
     The names of the columns are in the first line. Raises UserError if `column` is not among them.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with open_text(name) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as file:
+    with open_text(name, spot) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as file:
         delimiter, head, blanks, begin = read_head(file, column, kind_of(name))
         if head and head.count(column) != 1:
             wrong = f"{column!r} twice: rename one" if column in head else missing_column(column, head)
@@ -271,13 +288,13 @@ def missing_column(column: str, there) -> str:
 # 2. JSON
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_json(name: str, column: str):
+def read_json(name: str, column: str, spot: Spot):
     """Yield one key of the JSON objects in a file: one per line, or a list of them, also as {"data": [...]}.
 
     Python's parser is used, because the one in `datasets` refuses lone surrogates and turns texts that look like dates
     into dates.
     """
-    with open_text(name) as file:
+    with open_text(name, spot) as file:
         kind, head = kind_of(name), file.peek(4096)[:4096].lstrip()
         if head.startswith(b"["):
             yield from batches(items_of_list(file), column)
@@ -430,15 +447,19 @@ def way_out(value, column: str, kind: str, name: str = "FILE") -> str:
 # 3. Arrow
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_parquet(name: str, column: str):
+def read_parquet(name: str, column: str, spot: Spot):
     """Yield one column of a parquet file. Other columns are not read."""
     import pyarrow as pa
     import pyarrow.dataset
+    import pyarrow.parquet
 
     options = {}
     if "://" in name:  # over a network: few and large requests, with the next one sent early
         cache = pa.CacheOptions(prefetch_limit=1, range_size_limit=128 << 20)
         options["fragment_scan_options"] = pa.dataset.ParquetFragmentScanOptions(cache_options=cache)
+    else:
+        with contextlib.suppress(pa.ArrowException):  # which is said when it is read
+            spot.rows = pa.parquet.read_metadata(name).num_rows
     path = glob.escape(name if "://" in name else os.path.abspath(name))
     table = import_datasets().load_dataset("parquet", data_files=[path], columns=[column], batch_size=ROWS,
                                            split="train", streaming=True, **options)
@@ -452,7 +473,7 @@ def read_parquet(name: str, column: str):
         raise UserError(missing_column(column, [each for each in columns if each and each[0] != " "])) from error
 
 
-def read_row_groups(name: str, column: str):
+def read_row_groups(name: str, column: str, spot: Spot):
     """Yield one column of a parquet file, "a.b" being the field b of a column a.
 
     The rows of a group that is damaged, from the damage on, are bad ones.
@@ -465,7 +486,7 @@ def read_row_groups(name: str, column: str):
         schema, top = file.schema_arrow, column if column in file.schema_arrow.names else column.partition(".")[0]
         if top not in schema.names:
             raise UserError(missing_column(column, [f"{field.name}: {field.type}" for field in schema]))
-        begin = 0
+        begin, spot.rows = 0, file.metadata.num_rows
         for group in range(file.num_row_groups):
             row, end = begin, begin + file.metadata.row_group(group).num_rows
             try:
@@ -481,7 +502,7 @@ def read_row_groups(name: str, column: str):
             begin = end
 
 
-def read_arrow(name: str, column: str):
+def read_arrow(name: str, column: str, spot: Spot):
     """Yield one column of an .arrow file: a stream, as `datasets` writes it, or a file with an index at its end."""
     import fsspec
     import pyarrow as pa

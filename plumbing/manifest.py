@@ -10,11 +10,16 @@ import io
 import itertools
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.files import DataError, atomic_write, check_inside, replace, sha256
+
+NAME = re.compile(r"(.+)_(?:train|val)_\d{6}\.npy")  # of a shard
+GIVEN = 1 << 24  # tokens that one shard gives another at a time
 
 
 class ShardWriter:
@@ -38,6 +43,18 @@ class ShardWriter:
         self.file.write(data)
         self.hash.update(data)
         self.tokens, self.documents = self.tokens + len(tokens), self.documents + documents
+
+    def give(self, count: int, documents: int, other) -> None:
+        """Keep the first `count` tokens, in which `documents` documents begin, and append the rest to another shard."""
+        self.file.flush()
+        begin = len(npy_header(self.size))
+        tokens = np.memmap(self.file.name, "<u2", "r", begin, (self.tokens,))
+        for start in range(count, self.tokens, GIVEN):
+            other.write(tokens[start:start + GIVEN], 0)
+        other.documents += self.documents - documents
+        del tokens  # of the file that becomes shorter
+        self.file.truncate(begin + 2 * count)
+        self.tokens, self.documents = count, documents
 
     def finish(self) -> dict:
         """Put the shard on the disk under its own name, and return its record for the manifest."""
@@ -81,6 +98,8 @@ class Manifest:
         self.shards = list(itertools.takewhile(self.is_whole, recorded))
         self.missing = [shard["name"] for shard in recorded[len(self.shards):]]
         self.stale = list(filter(self.is_whole, [*recorded[len(self.shards):], *values.get("stale", [])]))
+        names = (shard["name"] for shard in [*recorded, *self.stale])
+        self.prefix = next((match[1] for match in map(NAME.fullmatch, names) if match), "")  # of the shards' names
         settings = {key: value for key, value in values.items() if key not in ("shards", "stale")}
         self.values = settings if self.is_begun(values) else {}
         self.complete = bool(self.values) and path == self.finished and not self.missing
@@ -173,6 +192,15 @@ def read_record(path: Path) -> dict:
         raise DataError(f"{path} is damaged ({error!r}): prepare the folder again, with another --out") from error
 
 
+def is_begun_with(folder, source: str) -> bool:
+    """Return whether a manifest in a folder says that its shards are of this source."""
+    for path in (*Path(folder).glob("progress*.json"), *Path(folder).glob("manifest*.json")):
+        with contextlib.suppress(OSError):  # damaged, or another program's
+            if read_record(path).get("source") == source:
+                return True
+    return False
+
+
 def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
     """Compare the hash of each shard in a folder with its manifest. Returns (number of shards, number of tokens).
 
@@ -180,7 +208,9 @@ def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
     """
     folder = Path(folder)
     if any(folder.glob("progress*.json")) or not any(folder.glob("manifest*.json")):
-        raise DataError(f"{folder} is not finished: run the command that makes it again")
+        others = sorted(path.parent for path in folder.parent.glob("*/manifest*.json") if not folder.exists())
+        hint = f"; did you mean --out {shlex.quote(str(others[0]))}?" if others else ""
+        raise DataError(f"{folder} is not finished: run the command that makes it again{hint}")
     records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
     shards = {shard["name"]: shard for record in records for shard in record["shards"]}
     nodes = {record["node_rank"] for record in records}

@@ -1,19 +1,52 @@
 """What --model and --init_from name: a run folder, a checkpoint, a transformers folder, or OpenAI's weights.
 
+    or_newest(config, how)  a command's settings with the newest run below log/ as the model, if none is named
     find(source)            the checkpoint that a name on the command line means, or None
     read_model(source)      (shape, weights) of any model
     checked_against(...)    a context in which weights that do not fit their shape are refused
 """
 import contextlib
+import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
-from plumbing import checkpoint, foreign, published
+from plumbing import checkpoint, foreign, newest, published
 from plumbing.cli import UserError
 from plumbing.files import CheckpointError
 from plumbing.model_tokenizer import require_gpt2_tokens
 from plumbing.progress import busy
 from plumbing.transformers_format import read_transformers
+
+
+def or_newest(config, how: str = "--model gpt2"):
+    """Return a command's settings; without a model they get the newest run below log/, which is said on stderr.
+
+    Runs without a whole checkpoint are passed over. Raises UserError if there is no other, naming `how` as what to
+    type instead.
+    """
+    if config.model:
+        return config
+    runs = newest.newest_first()
+    for folder in runs:
+        if path := newest_readable(folder):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"using {folder}, step {checkpoint.step_of(path):,}", file=sys.stderr, flush=True)
+            return dataclasses.replace(config, model=str(folder))
+    begun = runs or newest.newest_first("log.jsonl")
+    there = f" ({begun[0]} has none that is whole)" if begun else ""
+    raise UserError(f"no run below {newest.ROOT}/ has a checkpoint{there}: train one first, python train_gpt2.py, or "
+                    f"name a model, such as {how}")
+
+
+def newest_readable(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder that can be loaded. Checksums are left to find()."""
+    for path in reversed(checkpoint.listing(folder)):
+        with contextlib.suppress(OSError):
+            checkpoint.load(path, verify=False)
+            return path
+    return None
 
 
 def find(source) -> dict | None:
@@ -23,6 +56,10 @@ def find(source) -> dict | None:
     Raises OSError or UserError that says what a file or folder seems to be if it is none of these.
     """
     path = Path(source)
+    if not os.path.exists(path) and source not in published.MODELS:
+        beside = [str(each) for each in checkpoint.listing(path.parent)] if path.suffix == ".pt" else []
+        if guess := (beside or [newest.resembling(str(source))])[-1]:
+            raise UserError(f"no model {str(source)!r}: did you mean {guess}?")
     if path.is_dir():
         if (path / "config.json").exists():
             return None
@@ -48,6 +85,8 @@ def suggest(folder: Path) -> str:
     """Say what a folder without a model seems to be, or in which folder the model may be; empty if unknown."""
     if seems := foreign.explain_folder(folder):
         return f"; {seems}"
+    if runs := newest.newest_first(root=folder):
+        return f": did you mean {runs[0]}?"
     inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: (
         [int(number) for number in re.findall(r"\d+", path.name)], path.name))  # checkpoint-1000 after checkpoint-500
     found = [path for path in inside if checkpoint.listing(path) or (path / "config.json").is_file()]

@@ -1,5 +1,6 @@
 """Where a folder of shards stands in its source, and whether that is still the source it was begun with.
 
+    Beginning(shard_size)                      where the first tokens come from, of which validation may get a share
     join_pieces(stream, manifest, marks)       what encode_texts gives as Tokens, which know their places in the source
     list_source(config, manifest)              the files to read
     check_source(config, encode, files, ...)   compares what has been read with what is there
@@ -42,6 +43,7 @@ class Tokens(NamedTuple):
     bad: np.ndarray  # (rows,) row numbers of those that were skipped
     skipped: int  # rows that were skipped before these
     file_tokens: int | None  # tokens of this file before these; None if an earlier version has begun it
+    share: float | None = None  # of the file that has been read, if known
 
     def position(self, i: int) -> Position:
         """Return the place of token i in the source, or of whatever follows if i = len(tokens)."""
@@ -55,6 +57,34 @@ class Tokens(NamedTuple):
         following = self.position(i)
         return {"next": following, "skipped": self.skipped + int((self.bad < following.row).sum()),
                 "file_tokens": None if self.file_tokens is None else self.file_tokens + i}
+
+
+class Beginning:
+    """The rows that the first tokens of a source come from, as far as a validation share may reach."""
+
+    def __init__(self, shard_size: int):
+        self.limit, self.tokens, self.pieces = validation_share(shard_size), 0, []
+
+    def add(self, piece: Tokens) -> None:
+        """Remember what is needed of a piece: its tokens are not."""
+        if self.tokens <= self.limit:
+            self.pieces.append((self.tokens, piece._replace(tokens=range(len(piece.tokens)))))
+        self.tokens += len(piece.tokens)
+
+    def cut(self, tokens: int) -> tuple[int, int, dict]:
+        """Return validation's share of so many tokens, how many documents begin in it, and the record of its shard."""
+        count = validation_share(tokens)
+        documents = sum(int(np.searchsorted(piece.starts, count - begin)) for begin, piece in self.pieces)
+        begin, piece = next((begin, piece) for begin, piece in self.pieces if begin + len(piece.tokens) >= count)
+        return count, documents, piece.record(count - begin)
+
+
+def validation_share(tokens: int) -> int:
+    """Return how many of so few tokens that they fill no second shard are for validation: 1 %, or a window's 1,025.
+
+    If there are less than two windows of 1,024, it is half of them.
+    """
+    return max(tokens // 100, min(1025, tokens // 2))
 
 
 def next_position(manifest: Manifest) -> Position:
@@ -74,7 +104,7 @@ def join_pieces(stream, manifest: Manifest, marks: list):
         if texts.file != file:
             file, file_tokens = texts.file, 0
         starts, tokens = join_documents(ids, lengths, buffer)
-        yield Tokens(file, texts.end, texts.rows, starts, tokens, texts.bad, skipped, file_tokens)
+        yield Tokens(file, texts.end, texts.rows, starts, tokens, texts.bad, skipped, file_tokens, texts.share)
         skipped += len(texts.bad)
         file_tokens = None if file_tokens is None else file_tokens + len(tokens)
 
@@ -127,7 +157,7 @@ def check_source(config, encode, files: list[File], manifest: Manifest) -> bool:
     if manifest.shards and is_new and total < config.node_limit:
         print0(f"{config.source} has other files, or others behind them, than when {config.out} was begun: the "
                f"{len(manifest.shards)} finished {plural(len(manifest.shards), 'shard')} are of what is unchanged")
-    if manifest.shards and position.file < len(files) and total < config.node_limit and (
+    if manifest.shards and position.file < len(files) and total < config.node_limit and not in_part and (
             manifest.shards[-1]["tokens"] < config.shard_size):  # it was the last, and others now follow
         manifest.drop_last()
     return True

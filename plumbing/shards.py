@@ -26,6 +26,7 @@ from plumbing.tokenizer import EOT, VOCAB_SIZE
 # the source that fineweb.py reads by default
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
 SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # words in the names of shards
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # in a name, as splits_of() reads it
 
 
 def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.ndarray | Shard]]:
@@ -66,7 +67,7 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
 
 def splits_of(path: Path) -> set[str]:
     """Return which of "train" and "val" are words in a file's name; a word ends at a capital letter or a non-letter."""
-    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", path.name)}
+    words = {word.lower() for word in WORD.findall(path.name)}
     return {split for split, names in SPLITS.items() if words & names}
 
 

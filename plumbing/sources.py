@@ -1,6 +1,7 @@
 """The files of a source, on this disk or on the Hugging Face hub, and whether they are still those of an earlier run.
 
     find_files(source, retries, remedy)        ([File, ...], commit)
+    name_of(source)                            a short name for its shards and their folder
     estimate_tokens(files)                     about how many tokens they hold
     count_same(known, files)                   how many files at the start are what a manifest records
 """
@@ -11,17 +12,21 @@ import hashlib
 import os
 import re
 import shlex
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from plumbing.cli import UserError, plural, print0
 from plumbing.conversions import BY_SUFFIX, count_suffixes, suffix_of, way_to_convert
+from plumbing.files import walk
 from plumbing.formats import ABOUT, READ, kind_of
 from plumbing.hub_files import SITES, Dataset, list_hub_files, parse_dataset
 from plumbing.network import patiently
+from plumbing.shards import FINEWEB_EDU, SPLITS, WORD
 
 TOKENS_PER_BYTE = {"parquet": 0.35, "arrow": 0.22, "gz": 0.6, "zst": 0.6}  # rough averages; 0.22 for plain text
+LONGEST = 40  # characters of a name made of a source's
 HASHED = 1 << 16  # bytes at each end of a file that are part of its fingerprint
 
 
@@ -69,6 +74,34 @@ def find_files(source: str, retries: int, remedy: str) -> tuple[list[File], str 
     if not dataset:
         files = [file._replace(sha256=fingerprint(file.path)) for file in files]
     return sorted(files, key=lambda file: file.path), commit
+
+
+def name_of(source: str) -> str:
+    """Return a short name for what --source names, of ASCII letters, digits, - and _, without a word for a split.
+
+    That of FineWeb-Edu's default part is build-nanogpt's, edufineweb. Asks neither disk nor network for more than
+    whether a file is there.
+    """
+    path, dataset = Path(os.path.expanduser(source)), parse_dataset(source)
+    is_local = "://" not in source and (os.path.exists(path) or bool(re.search(r"[*?[]", source)))
+    if is_fineweb_edu(source):
+        return "edufineweb"
+    if dataset and not is_local:
+        name = "-".join([dataset.repository.split("/")[1], *Path(dataset.folder or "").parts])
+    else:
+        name = Path(os.path.abspath(Path(*fixed_parts(str(path))))).name
+    if kind_of(name):
+        name = Path(re.sub(r"(?i)\.(gz|zst)$", "", name)).stem
+    safe = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9-]+", "_", safe).strip("_-")[:LONGEST]
+    splits = set().union(*SPLITS.values())
+    safe = WORD.sub(lambda word: "_" if word[0].lower() in splits else word[0], safe)
+    return re.sub(r"[_-]*_[_-]*", "_", safe).strip("_-") or "texts"
+
+
+def is_fineweb_edu(source: str) -> bool:
+    """Return whether --source names what is read by default, FineWeb-Edu's sample-10BT at its commit."""
+    return parse_dataset(source) == parse_dataset(FINEWEB_EDU)
 
 
 def hub_dataset(source: str) -> Dataset | None:
@@ -163,19 +196,6 @@ def list_local(source: str) -> list[File]:
             once.add((status.st_dev, status.st_ino))
             found.append(File(path.as_posix(), relative(path, root), status.st_size))
     return found
-
-
-def walk(folder: Path):
-    """Yield the files below a folder; folders that are links are entered too, each once."""
-    entered = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def fixed_parts(pattern: str) -> list[str]:

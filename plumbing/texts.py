@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.cli import UserError, explain
-from plumbing.formats import Unreadable, read_rows
+from plumbing.formats import Spot, Unreadable, read_rows
 from plumbing.network import wait_or_give_up
 
 PIECE_BYTES = 4 << 20  # text per piece, at most; a longer document is a piece of its own
@@ -25,6 +25,7 @@ class Texts(NamedTuple):
     rows: np.ndarray  # (documents,) row number of each text; rows with null are left out
     texts: object  # pyarrow.LargeStringArray, (documents,)
     bad: np.ndarray  # (rows,) row numbers of those that cannot be read and are skipped
+    share: float | None = None  # of the file that has been read, if known
 
 
 def read_texts(files: list[str], column: str, start: tuple[int, int], skip: bool, patience: tuple[int, str],
@@ -89,8 +90,8 @@ def read_file(name: str, index: int, first_row: int, column: str, skip: bool):
 
     Raises UserError, after the rows before it, for the first bad row unless `skip`.
     """
-    row = 0
-    for batch, bad in read_rows(name, column, skip):
+    row, spot = 0, Spot()
+    for batch, bad in read_rows(name, column, skip, spot):
         begin = max(0, first_row - row)  # skips what an earlier run has written
         wrong = sorted(i for i in bad if i >= begin)
         stop = len(batch) if skip or not wrong else wrong[0]
@@ -99,8 +100,10 @@ def read_file(name: str, index: int, first_row: int, column: str, skip: bool):
             piece = batch[i:min(i + count, stop)]
             rows = row + i + np.flatnonzero(piece.is_valid())
             here = [k for k in wrong if i <= k < i + len(piece)] if wrong else []
-            yield Texts(index, row + i + len(piece), rows, as_strings(piece.drop_null()),
-                        row + np.array(here, np.int64)), list(dict.fromkeys(bad[k] for k in here))
+            end = row + i + len(piece)
+            texts = Texts(index, end, rows, as_strings(piece.drop_null()), row + np.array(here, np.int64),
+                          spot.share(end))
+            yield texts, list(dict.fromkeys(bad[k] for k in here))
         if stop < len(batch):
             raise UserError(f"{bad[stop]} (leave out such rows with --skip_bad_rows)")
         row += len(batch)

@@ -26,7 +26,7 @@ EXAMPLES = "tests/hellaswag_examples.jsonl"
 # How a command is made quick: these flags come before its own, which win over them,
 BEFORE = {
     "train_gpt2.py": "--hellaswag_every 0 --sample_every 0",
-    "fineweb.py": "--source my_texts",
+    "fineweb.py": "--source my_texts --out edu_fineweb10B",
     "hellaswag.py": f"--data {EXAMPLES}",
 }
 # and these behind, so that they win. Training takes the smallest model on 8 sequences per step.

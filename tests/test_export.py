@@ -216,8 +216,8 @@ def test_trouble_leaves_nothing_behind(how, trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "the following arguments are required: model, out"),
-    (["x"], "the following arguments are required: out"),
+    ([], "no run below log/ has a checkpoint: train one first"),
+    (["x"], "or name a model, such as python export_hf.py gpt2"),
     (["nothing", "out"], "no model 'nothing': name a folder"),
     (["small", "out"], "has 99 tokens, too few for GPT-2's encoding"),
     (["empty", "out"], "holds neither a whole checkpoint nor a transformers model"),

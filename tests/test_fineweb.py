@@ -169,7 +169,7 @@ def test_nulls_and_empty_texts_anywhere_in_a_piece(write, name, tmp_path, monkey
     prepare(source=source, out=tmp_path / "out", shard_size=50)
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
     for k in rng.sample(range(len(expected) // 50), 12):  # going on in the middle of a piece, too
-        (tmp_path / "out" / fineweb.shard_name(fineweb.FineWebConfig(), k)).unlink()
+        (tmp_path / "out" / f"a_{'train' if k else 'val'}_{k:06d}.npy").unlink()
         prepare(source=source, out=tmp_path / "out", shard_size=50)
         assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
 
@@ -200,7 +200,10 @@ def test_shards_may_end_anywhere_in_and_around_a_document(tmp_path):
         prepare(**arguments, out=tmp_path / str(size), shard_size=size)
         found = shards(tmp_path / str(size))
         assert np.array_equal(np.concatenate(found), expected)
-        assert [len(shard) for shard in found] == [min(size, len(expected) - i) for i in range(0, len(expected), size)]
+        sizes = [min(size, len(expected) - i) for i in range(0, len(expected), size)]
+        if len(sizes) == 1:  # then half of so few are for validation
+            sizes = [len(expected) // 2, len(expected) - len(expected) // 2]
+        assert [len(shard) for shard in found] == sizes
         for k in range(len(found)):  # and going on after any of them gives the same
             folder = tmp_path / f"{size} {k}"
             shutil.copytree(tmp_path / str(size), folder)
@@ -239,11 +242,11 @@ def test_two_nodes_write_every_document_once(tmp_path):
     for rank in (1, 0):
         prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=4000, node_rank=rank, num_nodes=2)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
-    assert [name for name in names if "val" in name] == ["edufineweb_val_000000.npy"]
+    assert [name for name in names if "val" in name] == ["in_val_000000.npy"]
     first, second = (plain(text for part in parts[rank::2] for text in part) for rank in (0, 1))
-    train = {f"edufineweb_train_{k:06d}.npy" for k in (*range(1, -(-len(first) // 4000)),
+    train = {f"in_train_{k:06d}.npy" for k in (*range(1, -(-len(first) // 4000)),
                                                        *range(10_000, 10_000 - (-len(second) // 4000)))}
-    assert set(names) == train | {"edufineweb_val_000000.npy"}
+    assert set(names) == train | {"in_val_000000.npy"}
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), np.concatenate([first, second]))
     prepare("--verify", out=tmp_path / "out")
     for rank in (0, 1):
@@ -303,18 +306,18 @@ def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     assert "File too large; the whole shards in" in message and "later with: python fineweb.py --source" in message
     assert "Traceback" not in result.stderr
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"edufineweb_val_000000.npy", "edufineweb_train_000001.npy", "edufineweb_train_000003.npy",
+    assert left == {"a_val_000000.npy", "a_train_000001.npy", "a_train_000003.npy",
                     "progress.json", ".lock0"}  # it was writing a shard, and that one is gone
     prepare(**arguments)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
 
 
 def test_a_disk_too_small_is_said_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path, *_, **__: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda *_, **__: SimpleNamespace(free=1000))
     source = write_jsonl(tmp_path / "a.jsonl", documents(50))
     with pytest.raises(UserError, match="make room, name another --out, or take less with --max_tokens"):
         prepare(source=source, out=tmp_path / "out")
-    assert "GB to write" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert " kB to write" in capsys.readouterr().out and not (tmp_path / "out").exists()
     prepare(source=source, out=tmp_path / "out", max_tokens=500)  # 1,000 bytes
 
 
@@ -323,7 +326,7 @@ def test_verify_finds_one_flipped_bit_and_what_is_missing_or_foreign(tmp_path, c
     prepare(source=source, out=out, shard_size=5000)
     prepare("--verify", out=out)
     assert "all as they were written" in capsys.readouterr().out
-    victim = out / "edufineweb_train_000001.npy"
+    victim = out / "a_train_000001.npy"
     data = bytearray(victim.read_bytes())
     for position in (0, 80, 128, len(data) - 1):
         data[position] ^= 4
@@ -333,7 +336,7 @@ def test_verify_finds_one_flipped_bit_and_what_is_missing_or_foreign(tmp_path, c
         data[position] ^= 4
     victim.unlink()
     np.save(out / "stray_train.npy", np.zeros(3, np.uint16))
-    with pytest.raises(OSError, match=r"stray_train.npy is in no manifest, edufineweb_train_000001.npy is missing"):
+    with pytest.raises(OSError, match=r"stray_train.npy is in no manifest, a_train_000001.npy is missing"):
         prepare("--verify", out=out)
     (out / "stray_train.npy").unlink()
     prepare(source=source, out=out, shard_size=5000)  # writes what is missing
@@ -348,14 +351,14 @@ def test_a_finished_folder_is_kept_and_other_settings_are_refused(tmp_path, caps
     prepare(source=source, out=out, shard_size=5000)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")}
     prepare(source=source, out=out, shard_size=5000)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("finished: ")
+    assert capsys.readouterr().out.splitlines()[-2].startswith("finished: ")
     for other in (dict(shard_size=6000), dict(shard_size=5000, max_tokens=100), dict(shard_size=5000, text_column="id"),
                   dict(shard_size=5000, tokenizer="tiktoken")):
         with pytest.raises(OSError, match="was made with another"):
             prepare(**{"source": source, "out": out, **other})
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")}
     write_jsonl(source, documents(51))
-    (out / "edufineweb_train_000001.npy").unlink()
+    (out / "a_train_000001.npy").unlink()
     with pytest.raises(UserError, match="have changed since"):
         prepare(source=source, out=out, shard_size=5000)
     for path in out.glob("*.json"):
@@ -382,7 +385,7 @@ def test_a_source_that_changed_is_noticed(tmp_path):
     source, out = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 9), tmp_path / "out"
     prepare(source=source, out=out, shard_size=7)
     source.write_bytes(source.read_bytes().replace(b"one two three four", b"information system"))
-    (out / "edufineweb_train_000002.npy").unlink()
+    (out / "a_train_000002.npy").unlink()
     with pytest.raises(UserError, match=r"is not what .* was begun with"):
         prepare(source=source, out=out, shard_size=7)
 
@@ -639,12 +642,16 @@ def test_train_gpt2_runs_on_the_shards(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", [TEXT[i:i + 3000] for i in range(0, len(TEXT), 3000)])
     result = run(command(source=source, out=tmp_path / "data", max_tokens=60_000, shard_size=20_000)[2:], script=SCRIPT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("finished: 60,000 tokens of ")
+    assert result.stdout.splitlines()[-2].startswith("finished: 60,000 tokens of ")
     assert "tokens/s" in result.stdout and "3 shards" in result.stdout
     result = run(flags(data=tmp_path / "data", out_dir=tmp_path / "log", max_steps=3))
     assert result.returncode == 0, result.stderr
 
 
-def test_everything_in_the_validation_shard_is_warned_of(tmp_path, capsys):
-    prepare(source=write_jsonl(tmp_path / "a.jsonl", documents(5)), out=tmp_path / "out")
-    assert "the only shard is the validation split" in capsys.readouterr().err
+def test_a_split_that_takes_most_is_warned_of(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(30))
+    prepare(source=source, out=tmp_path / "out", shard_size=4000)
+    assert re.search(r"warning: 4,000 of [\d,]+ tokens are in the validation split: to train on more, name another "
+                     r"--out and --shard_size \d+\n", capsys.readouterr().err)
+    prepare(source=source, out=tmp_path / "more", shard_size=400)
+    assert "warning" not in capsys.readouterr().err

@@ -228,13 +228,13 @@ def demo_log(folder, losses, val_sha256=published.DEMO["val_sha256"], **changes)
 def test_the_record_of_the_demo_has_the_preset_s_settings():
     """All of them, but for those that cannot change the loss or are only about where things are and what is shown."""
     config, record = dataclasses.asdict(TrainConfig(**PRESETS["demo"])), published.DEMO["settings"]
-    free = MAY_CHANGE_ON_RESUME | {"data", "eval_only", "sample_prompt", "deterministic"}
+    free = MAY_CHANGE_ON_RESUME | {"data", "eval_only", "val_tokens"}
     assert record == {name: value for name, value in config.items() if name not in free}
 
 
 def test_the_record_of_the_demo_has_the_hash_of_its_validation_tokens():
     (_, tokens), = shards.open_tokens(ROOT / "input.txt", "val")
-    described = shards.describe(ROOT / "input.txt", [tokens], published.DEMO["settings"]["val_tokens"])
+    described = shards.describe(ROOT / "input.txt", [tokens], PRESETS["demo"]["val_tokens"])
     assert described["val_sha256"] == published.DEMO["val_sha256"]
 
 

@@ -1,6 +1,7 @@
 """A run that goes on on another machine: what is taken over, what is chosen anew, and what is said."""
 import os
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -187,8 +188,8 @@ def test_every_step_but_the_first_reads_windows_that_were_announced(shard_folder
         return x, y
 
     monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", read)
-    monkeypatch.setattr(train_gpt2.shards, "read_ahead", lambda tokens, start, stop, *_, **__: announced.append(
-        (*tokens[start:stop].tolist(),)))
+    monkeypatch.setattr(train_gpt2.shards.Shard, "read_ahead", lambda shard, start, stop: announced.append(
+        (*shard[start:stop].tolist(),)))
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path)))
     assert late == [0] * 4 + [1] * 4 + [2] * 4  # the first step's two batches, and the one it reads for the second
 
@@ -203,3 +204,33 @@ def test_the_time_that_a_step_waited_for_data_is_in_the_log(shard_folder, tmp_pa
     waited = [(line["data_ms"], line["dt_ms"]) for line in read_log(tmp_path, "train")]
     assert all(80 <= data_ms <= dt_ms for data_ms, dt_ms in waited)  # two batches per step
     assert np.isfinite(waited).all()
+
+
+RESUMED = {  # what another value of each setting would do to the rest of a run, and whether it is let
+    "elsewhere": "out_dir device micro_batch_size compile activation_checkpointing deterministic",  # but for rounding
+    "what is kept and shown": "keep_checkpoints keep_best checkpoint_every logger log_every sample_every sample_prompt yes",
+    "what is evaluated when, which the log says": "val_every hellaswag_every hellaswag_limit hellaswag_data",
+    "no: other weights": "init_from branch_from seed model n_layer n_head n_embd total_batch_size sequence_length "
+                         "shuffle optimizer max_lr min_lr warmup_steps decay decay_steps weight_decay grad_clip dtype "
+                         "max_steps",
+    "no: validation losses of another meaning": "val_tokens",
+    "no: other data, which are compared by their tokens": "data",
+    "no: no training": "eval_only",
+}
+
+
+def test_every_setting_is_known_to_change_the_rest_of_a_run_or_not():
+    """A new one has to be entered above, and in MAY_CHANGE_ON_RESUME if it changes nothing that is computed."""
+    names = [name for words in RESUMED.values() for name in words.split()]
+    assert sorted(names) == sorted(field.name for field in fields(TrainConfig))
+    free = {name for reason, words in RESUMED.items() if not reason.startswith("no: ") for name in words.split()}
+    assert free == train_gpt2.MAY_CHANGE_ON_RESUME
+
+
+def test_a_run_resumed_with_other_samples_checkpoints_and_evaluations_computes_the_same(shard_folder, tmp_path):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=whole)))
+    begin(shard_folder, other)
+    go_on(shard_folder, other, sample_prompt="Another", sample_every=6, deterministic=True, keep_checkpoints=1,
+          keep_best=True, checkpoint_every=1, micro_batch_size=4)
+    assert_same_run(whole, other)

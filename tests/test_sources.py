@@ -468,11 +468,11 @@ def test_a_finished_folder_that_cannot_be_extended_yet_is_kept(tmp_path):
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents(9))
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
-    shard = (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes()
+    shard = (tmp_path / "out" / "in_val_000000.npy").read_bytes()
     (tmp_path / "in" / "b.jsonl").write_text("broken\n")
     for _ in range(2):
         refused("b.jsonl: line 1", source=tmp_path / "in", out=tmp_path / "out")
-        assert (tmp_path / "out" / "edufineweb_val_000000.npy").read_bytes() == shard
+        assert (tmp_path / "out" / "in_val_000000.npy").read_bytes() == shard
     write_jsonl(tmp_path / "in" / "b.jsonl", documents(9, 5))
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
     assert tokens(tmp_path / "out") == plain(documents(9) + documents(9, 5)).tolist()
@@ -484,7 +484,7 @@ def test_shards_of_before_that_are_not_written_again_go(tmp_path):
     write_jsonl(tmp_path / "in" / "a.jsonl", documents(20))
     write_jsonl(tmp_path / "in" / "b.jsonl", documents(40, 3))
     prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
-    (tmp_path / "out" / "edufineweb_train_000001.npy").unlink()
+    (tmp_path / "out" / "in_train_000001.npy").unlink()
     write_jsonl(tmp_path / "in" / "b.jsonl", ["short"])
     prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
     assert tokens(tmp_path / "out") == plain([*documents(20), "short"]).tolist()
