@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from plumbing import cli, jsonl, machine, models, network, progress, published, sampling, tokenizer
+from plumbing import accuracy, cli, jsonl, machine, models, network, progress, published, sampling, tokenizer
 from plumbing.batching import Row, Work, assign_batches, make_batches, make_passes
 from plumbing.cli import Dtype, Stopped, UserError, print0
 from plumbing.ranks import World, processes
@@ -304,13 +304,12 @@ def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_
              style: Style = "completion") -> dict:
     """Score `examples` (dicts in HellaSwag's schema) with a GPT; the ranks share the work and all get the result.
 
-    Returns acc and acc_norm, each with its standard error (`acc_stderr`, `acc_norm_stderr`), n, `cut` (examples whose
-    context lost tokens to fit the block), `seconds`, and lists with an entry per example: `predictions`, the ending
-    that acc_norm chooses, `acc_predictions`, `losses`, the mean loss per token of each ending in nats, and `tokens` of
-    each ending. acc and acc_norm are nan if a loss is not finite.
+    Returns acc and acc_norm, each with its `acc_interval` and `acc_stderr` (see plumbing/accuracy.py), n, `cut`
+    (examples whose context lost tokens to fit the block), `seconds`, and lists with an entry per example:
+    `predictions`, the ending that acc_norm chooses, `acc_predictions`, `losses`, the mean per token of each ending in
+    nats, and its `tokens`. An accuracy is nan if a loss is not finite.
 
-    Raises UserError for an example that cannot be scored and if memory runs out, and Stopped on every rank if one of
-    them has received a signal.
+    Raises UserError for an example that cannot be scored and if memory runs out, Stopped on all ranks after a signal.
     """
     started = time.perf_counter()
     world = world or World()
@@ -338,7 +337,8 @@ def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_
               "seconds": time.perf_counter() - started}
     for name, chosen in predictions.items():
         right = float((chosen == labels).mean()) if np.isfinite(sums).all() else math.nan
-        result |= {name: right, f"{name}_stderr": math.sqrt(right * (1 - right) / max(1, len(work) - 1))}
+        result |= {name: right, f"{name}_interval": accuracy.interval(right, len(work)),
+                   f"{name}_stderr": accuracy.standard_error(right, len(work))}
     return result
 
 
@@ -350,10 +350,10 @@ def evaluate(model, examples: Iterable[dict], world: World | None = None, batch_
 def report(config: HellaSwagConfig, result: dict, block_size: int) -> None:
     """Print the result, beside the published one for OpenAI's models. Raises OSError if stdout cannot be written."""
     known = published.HELLASWAG.get((config.model, config.style)) if config.split == "val" else None
+    n, seconds = result["n"], result["seconds"]
     for i, name in enumerate(("acc", "acc_norm")):
         beside = f" | published for all {published.HELLASWAG_EXAMPLES:,}: {known[i]:.2%}" if known else ""
-        print(f"{name:>8} | {result[name]:.2%} +- {result[f'{name}_stderr']:.2%}{beside}")
-    n, seconds = result["n"], result["seconds"]
+        print(f"{name:>8} | {accuracy.describe(result[name], n)}{beside}")
     cut = f"; {result['cut']:,} contexts cut on the left to fit {block_size} positions" if result["cut"] else ""
     print(f"{'n':>8} | {n:,} examples in {seconds:.1f} s: {n / seconds:.1f} examples/s{cut}", flush=True)
 

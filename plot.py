@@ -3,10 +3,10 @@
     python plot.py                            # the newest run below log/: its loss.png, as training draws it
     python plot.py log/a log/b --x hours      # compares two runs in ./loss.png
 
-The training loss of single steps is thin and pale; the line on it is its average over 2 % of the steps, at least 9.
-Dots are validation losses. The legend gives the last value of each curve, and the training loss as the mean of the last
-20 steps. Dotted lines show OpenAI's GPT-2 124M if the data are FineWeb-Edu. Hours are hours of training, without
-evaluation.
+The training loss of single steps is pale. The line on it is its moving average, after n steps over the last sqrt(n) of
+them: 13 of 180, 138 of 19,073. Dots are validation losses. The legend gives the last value of each curve. A steep start
+is cut off, with a note, so that the second half of a run fills at least a third of the height. Dotted lines show
+OpenAI's GPT-2 124M if the data are FineWeb-Edu. Hours are hours of training, without evaluation.
 """
 import contextlib
 import sys

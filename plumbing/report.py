@@ -2,7 +2,8 @@
 
     write_report(folder)        writes report.md, as training does at its end
     model_card(name, ...)       returns README.md of an exported folder
-    verdict(folder, lines)      returns the line on top of both
+    result(lines)               returns the line on top of both: "validation loss 10.82 -> 4.74 in 180 steps"
+    verdict(folder, lines)      returns the line below it
 
 A run reproduces GPT-2 124M only if its model is that model (plumbing/reference.py has checked it), began with new
 weights, and reached OpenAI's loss on the same tokens in windows of the same length. OpenAI's loss is the one that
@@ -11,13 +12,12 @@ data shows the source that it belongs to. Numbers are compared as they are print
 """
 import hashlib
 import json
-import math
 import shlex
 import statistics
 from pathlib import Path
 
-from plumbing import curve, published
-from plumbing.cli import clock
+from plumbing import accuracy, curve, published
+from plumbing.cli import clock, plural
 from plumbing.curve import last
 from plumbing.files import atomic_write, set_aside
 from plumbing.shards import FINEWEB_EDU
@@ -42,6 +42,21 @@ def openai_loss(folder: Path, run: dict) -> tuple[float, str] | None:
     if same_tokens and T == published.LOSS_WINDOW:
         return published.LOSS, "published for the same source, commit and tokens"
     return None
+
+
+def result(lines: list[dict]) -> str:
+    """Say in a few words what the run has reached, and from where if its first validation was at its start."""
+    vals = [line for line in lines if line["kind"] == "val" and line.get("loss") is not None]
+    trained, steps = curve.final_train_losses(lines), last(lines, "train").get("step", 0)
+    if not vals and not trained:
+        return "no loss yet"
+    if not vals:
+        return f"training loss {statistics.fmean(trained):.2f} after {steps:,} {plural(steps, 'step')}"
+    begin, end = vals[0], vals[-1]
+    if begin["step"] == end["step"]:
+        return f"validation loss {end['loss']:.2f} after {end['step']:,} {plural(end['step'], 'step')}"
+    took = end["step"] - begin["step"]
+    return f"validation loss {begin['loss']:.2f} -> {end['loss']:.2f} in {took:,} {plural(took, 'step')}"
 
 
 def verdict(folder: Path, lines: list[dict]) -> str:
@@ -163,9 +178,12 @@ def remark(lines: list[dict]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Format rows of cells as a Markdown table."""
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    """Format rows of cells as a Markdown table whose columns stand one below the other, the last one ragged."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[-1] = 0
+    rows.insert(1, ["-" * max(3, width) for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def results(folder: Path, lines: list[dict]) -> str:
@@ -177,15 +195,14 @@ def results(folder: Path, lines: list[dict]) -> str:
                      f"{loss[0]:.4f}, {loss[1]}" if loss else "not known for these tokens"])
     if scored.get("acc_norm") is not None:
         p, n = scored["acc_norm"], scored["n"]
-        stderr = math.sqrt(p * (1 - p) / max(1, n - 1))
         rows.append(["HellaSwag acc_norm, completion style",
-                     f"{p:.2%} ± {stderr:.2%} on {n:,} examples after {scored['step']:,} steps",
+                     f"{accuracy.describe(p, n)} on {n:,} {plural(n, 'example')} after {scored['step']:,} steps",
                      f"{published.HELLASWAG_ACC_NORM:.2%} on {published.HELLASWAG_EXAMPLES:,}, published"])
-    return table(["", "this run", "OpenAI's GPT-2 124M"], rows)
+    return table(["", "this run", "OpenAI's GPT-2 124M"], rows) if rows else "There are no results yet."
 
 
 def facts(lines: list[dict]) -> str:
-    """Tabulate what ran, on what, and for how long."""
+    """Tabulate what ran, on what, and for how long; below stands the command, to be copied."""
     run, train = last(lines, "run"), [line for line in lines if line["kind"] == "train"]
     config, data, shape = run["config"], run["data"], run["model"]
     sessions = [line for line in lines if line["kind"] == "run"]
@@ -199,30 +216,39 @@ def facts(lines: list[dict]) -> str:
     compiled = "compiled" if config["compile"] else "not compiled"
     rows += [["device", f"{run['device']}{ranks}; {config['dtype']}, {compiled}"],
              ["versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)]]
-    if run.get("command"):
-        times = f" ({len(sessions)} times: it was resumed)" if len(sessions) > 1 else ""
-        rows.append(["command", f"`{run['command']}`{times}"])
-    return table(["", ""], rows)
+    if not run.get("command"):
+        return table(["", ""], rows)
+    times = f", given {len(sessions)} times, as it was resumed" if len(sessions) > 1 else ""
+    return f"{table(['', ''], rows)}\n\nThe command{times}:\n\n```sh\n{run['command']}\n```"
 
 
 def facts_of_training(lines: list[dict], train: list[dict], config: dict) -> list[list[str]]:
     """Return the rows about the optimizer steps, whose lines are `train`."""
-    final, hours = train[-1], sum(line["dt_ms"] for line in train) / 3.6e6
+    final, hours = train[-1], sum(line.get("dt_ms") or 0 for line in train) / 3.6e6
     speeds, mfus = ([line[key] for line in train if line.get(key) is not None] for key in ("tok_per_s", "mfu"))
-    speed, mfu = (statistics.median(values or [math.nan]) for values in (speeds, mfus))
+    speed = f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "not known"
+    speed += f", MFU {statistics.median(mfus):.1%}" if mfus else ""  # only where the device's peak is known
     rows = [
         ["tokens", f"{final['tokens']:,} in {final['step']:,} steps of {config['total_batch_size']:,}, windows of "
                    f"{config['sequence_length']:,}"],
-        ["training loss", f"{curve.final_train_loss(lines):.4f}, mean of the last {min(20, len(train))} steps"],
+        ["training loss", describe_training_loss(curve.final_train_losses(lines))],
         ["optimizer", f"{config['optimizer']}, learning rate {config['max_lr']:g} to {config['min_lr']:g} after "
                       f"{config['warmup_steps']:,} steps of warmup, weight decay {config['weight_decay']:g}, "
                       f"gradients clipped to {config['grad_clip']:g}"],
         ["time", f"{hours:.3g} hours ({clock(3600 * hours)}) of steps, evaluation not counted"],
-        ["speed", f"{speed:,.0f} tokens/s, MFU {mfu:.1%}, medians"],
+        ["speed", f"{speed}, median of the steps"],
     ]
     if skipped := sum(line.get("skipped", False) for line in train):
         rows.append(["skipped steps", f"{skipped}, because their loss or gradient was not finite"])
     return rows
+
+
+def describe_training_loss(losses: list[float]) -> str:
+    """Say the mean of the last training losses, which the smoothed curve ends in, and of how many steps it is."""
+    if not losses:
+        return "never finite"
+    return f"{statistics.fmean(losses):.4f}, " + (
+        f"mean of the last {len(losses)} steps" if len(losses) > 1 else "of the last step")
 
 
 def not_measured(lines: list[dict]) -> str:
@@ -236,8 +262,8 @@ def write_report(folder) -> Path:
     folder = Path(folder)
     lines = curve.read_log(folder)
     picture = "![training and validation loss](loss.png)\n\n" if (folder / "loss.png").exists() else ""
-    text = (f"# {folder}\n\n**{verdict(folder, lines)}**\n\n{picture}{results(folder, lines)}\n\n{facts(lines)}\n\n"
-            f"{not_measured(lines)}\n")
+    text = (f"# {curve.run_names([folder])[0]}: {result(lines)}\n\n**{verdict(folder, lines)}**\n\n{picture}"
+            f"{results(folder, lines)}\n\n{facts(lines)}\n\n{not_measured(lines)}\n")
     path, content = folder / "report.md", text.encode("utf-8", errors="backslashreplace")  # names need not be UTF-8
     if path.is_file():
         before, _, signature = path.read_bytes().rpartition(b"\n<!-- ")
@@ -262,8 +288,8 @@ def model_card(name: str, source: str, parameters: int, folder: Path | None, ste
     try:
         lines = [line for line in curve.read_log(folder) if line.get("step", 0) <= step] if folder else []
         if lines:
-            about = (f"{verdict(folder, lines)}\n\n## Results\n\n{results(folder, lines)}\n\n{not_measured(lines)}\n"
-                     f"\n## Training\n\n{facts(lines)}\n")
+            about = (f"{result(lines).capitalize()}. {verdict(folder, lines)}\n\n## Results\n\n"
+                     f"{results(folder, lines)}\n\n{not_measured(lines)}\n\n## Training\n\n{facts(lines)}\n")
             data = "datasets: [HuggingFaceFW/fineweb-edu]\nlanguage: en\n" if curve.is_fineweb_edu(lines) else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         pass  # the log of another program or version: the model is exported all the same

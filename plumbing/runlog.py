@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint, machine, reference, run_folder, screen, shards, summary
+from plumbing import accuracy, checkpoint, machine, reference, run_folder, screen, shards, summary
 from plumbing.cli import UserError, bold, clock, explain, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
@@ -322,8 +322,8 @@ class RunLog:
         """Log HellaSwag after `step` steps, as hellaswag.evaluate() gives it."""
         acc, acc_norm, n = (result[name] for name in ("acc", "acc_norm", "n"))
         cut = f"; {result['cut']:,} contexts cut on the left" if result["cut"] else ""
-        print0(f"{self._at(step)} | HellaSwag acc_norm {acc_norm:.2%} +- "
-               f"{result['acc_norm_stderr']:.2%}, acc {acc:.2%} | {n:,} examples in {result['seconds']:.1f} s{cut}")
+        print0(f"{self._at(step)} | HellaSwag acc_norm {accuracy.describe(acc_norm, n)}, acc {acc:.2%} | {n:,} "
+               f"examples in {result['seconds']:.1f} s{cut}")
         self.write("hellaswag", step=step, acc_norm=acc_norm, acc=acc, n=n)
 
     def sample(self, step: int, text: str) -> None:

@@ -146,7 +146,8 @@ def test_the_model_card_is_the_run_s(trained, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n") and "# last" in card
     assert f"{val[-1]['loss']:.4f} after 6 steps" in card
     assert "768 in 6 steps of 128, windows of 16" in card
-    assert f"torch {torch.__version__}" in card and "`python train_gpt2.py --data " in card
+    assert f"torch {torch.__version__}" in card and "```sh\npython train_gpt2.py --data " in card
+    assert f"Validation loss {val[0]['loss']:.2f} -> {val[-1]['loss']:.2f} in 6 steps. No reference" in card
     assert "Not measured: HellaSwag, any other benchmark" in card
     assert "No reference exists for the loss on this data" in card
     model = GPT.load(tmp_path / "last")

@@ -1,4 +1,7 @@
-"""hellaswag.py against plain rows through transformers, against lm-eval, and against every way a file can be wrong."""
+"""hellaswag.py against plain rows through transformers, against lm-eval, and against every way a file can be wrong.
+
+    pytest tests/test_hellaswag.py
+"""
 import gzip
 import hashlib
 import json
@@ -26,7 +29,7 @@ from test_tokenizer import vocabulary
 import hellaswag
 import train_gpt2
 from hellaswag import cut_rows, evaluate, iterate_examples, render_example
-from plumbing import network
+from plumbing import accuracy, network
 from plumbing.cli import UserError
 from plumbing.ranks import World
 from plumbing.tokenizer import gpt2_encoding
@@ -35,6 +38,7 @@ from train_gpt2 import GPT, GPTConfig
 pytestmark = needs(*ENCODING, "transformers")
 
 OURS = Path(__file__).with_name("hellaswag_examples.jsonl")  # 30 examples of our own in the official schema
+SIZE = OURS.stat().st_size
 CPU = torch.device("cpu")
 
 
@@ -60,6 +64,38 @@ def plain_losses(theirs, example) -> tuple[list[float], list[float]]:
     return sums, means
 
 
+def wilson_ends(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The accuracies from which `right` of n are just z standard deviations away: the roots of a quadratic equation."""
+    p = right / n
+    ends = np.roots([n + z**2, -(2 * n * p + z**2), n * p**2])
+    return tuple(sorted(max(0.0, float(end)) for end in np.real(ends)))
+
+
+@pytest.mark.parametrize("right, n, said", [
+    (8, 30, "26.67% (95% interval 14.18 to 44.45%)"), (0, 30, "0.00% (95% interval 0.00 to 11.35%)"),
+    (30, 30, "100.00% (95% interval 88.65 to 100.00%)"), (0, 1, "0.00% (95% interval 0.00 to 79.35%)"),
+    (1, 1, "100.00% (95% interval 20.65 to 100.00%)"), (489, 2000, "24.45% (95% interval 22.62 to 26.38%)"),
+    (2967, 10_042, "29.55% (95% interval 28.66 to 30.45%)"),
+])
+def test_an_accuracy_is_said_with_wilson_s_interval(right, n, said):
+    p = right / n
+    assert accuracy.describe(p, n) == said
+    low, high = accuracy.interval(p, n)
+    assert (low, high) == pytest.approx(wilson_ends(right, n), abs=1e-9) and 0 <= low <= p <= high <= 1 and low < high
+    assert accuracy.standard_error(p, n) > 0
+    if n >= 1000:  # where the usual formula holds, the two are the same
+        assert accuracy.standard_error(p, n) == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)), rel=2e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30, 1000, 10_042])
+def test_the_interval_is_scipy_s(n):
+    stats = pytest.importorskip("scipy.stats")
+    for right in {0, 1, n // 4, n // 2, n - 1, n}:
+        theirs = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+        assert accuracy.interval(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-7)
+    assert all(map(math.isnan, accuracy.interval(math.nan, n)))
+
+
 def check_against_plain_rows(path, folder, theirs, batch_tokens):
     examples = list(iterate_examples(path=path))
     result = evaluate(GPT.load(folder), examples, batch_tokens=batch_tokens)
@@ -72,8 +108,12 @@ def check_against_plain_rows(path, folder, theirs, batch_tokens):
     assert (result["acc"], result["acc_norm"]) == ((sums.argmin(axis=1) == labels).mean(),
                                                    (means.argmin(axis=1) == labels).mean())
     for name, chosen in (("acc", sums), ("acc_norm", means)):
-        error = np.std(chosen.argmin(axis=1) == labels, ddof=1) / math.sqrt(len(examples))  # of a mean
-        assert result[f"{name}_stderr"] == pytest.approx(error)
+        low, high = wilson_ends((chosen.argmin(axis=1) == labels).sum(), len(examples))
+        assert result[f"{name}_interval"] == pytest.approx((low, high))
+        assert result[f"{name}_stderr"] == pytest.approx((high - low) / 2 / 1.959964)
+        if len(examples) >= 1000:  # lm-eval's, of a mean; of a few examples, all wrong, it would be 0
+            error = np.std(chosen.argmin(axis=1) == labels, ddof=1) / math.sqrt(len(examples))
+            assert result[f"{name}_stderr"] == pytest.approx(error, rel=2 / len(examples))
     assert (result["n"], result["cut"]) == (len(examples), 0)
 
 
@@ -101,6 +141,33 @@ def test_the_context_is_read_once(gpt2_folder):
     shared = sum(contexts) + sum(endings) - 4 * len(examples)  # what is predicted last is not read
     assert shared <= sum(read) < 0.7 * plain
     assert sum(read) < 1.2 * shared
+
+
+@pytest.mark.parametrize("style", ["completion", "harness"])
+def test_who_looks_at_the_length_or_the_place_of_an_ending_alone_guesses(style):
+    """On our examples the right ending is as often the shortest, the longest and the first as any other."""
+    right = {}
+    for example in iterate_examples(path=OURS):
+        _, endings, characters = hellaswag.encode_example(example, style)
+        lengths = {"tokens": list(map(len, endings)), "characters": characters if style == "harness" else
+                   list(map(len, example["endings"])), "places": [0, 1, 2, 3]}
+        for name, found in lengths.items():
+            chosen = found[example["label"]]
+            for rank, length in enumerate(sorted(found)):  # endings of the same length share the hit
+                right[name, rank] = right.get((name, rank), 0) + (chosen == length) / found.count(length)
+    assert len(right) == 12 and sum(right.values()) == pytest.approx(3 * 30)
+    assert all(5.5 <= count <= 9.5 for count in right.values()), right
+
+
+def test_a_model_for_which_all_tokens_are_alike_guesses():
+    """Each token costs it ln V: the sum is lowest for the shortest ending; the mean is the same for all four."""
+    model, examples = GPT(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=8)), list(iterate_examples(path=OURS))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = evaluate(model, examples)
+    np.testing.assert_allclose(result["losses"], math.log(model.config.vocab_size), rtol=1e-5)
+    assert result["acc_predictions"] == [int(np.argmin(tokens)) for tokens in result["tokens"]]
+    assert 5 / 30 <= result["acc"] <= 10 / 30
 
 
 def test_render_example():
@@ -483,9 +550,9 @@ def test_the_official_file_is_downloaded_once(site):
 
 @pytest.mark.parametrize("trouble, message, requests", [
     (404, "404 Client Error", 1), (500, "500 Server Error", 4), (429, "429 Client Error", 4), ("cut", "", 4),
-    ("html", "39 bytes of text/html, not the 17,293 with the SHA-256 ", 4),
-    ("longer", "17,294 bytes of application/octet-stream, not the 17,293 with the SHA-256 ", 4),
-    ("other", "17,293 bytes of application/octet-stream, not the 17,293 with the SHA-256 ", 4),
+    ("html", f"39 bytes of text/html, not the {SIZE:,} with the SHA-256 ", 4),
+    ("longer", f"{SIZE + 1:,} bytes of application/octet-stream, not the {SIZE:,} with the SHA-256 ", 4),
+    ("other", f"{SIZE:,} bytes of application/octet-stream, not the {SIZE:,} with the SHA-256 ", 4),
     ("mute", "timed out", 4),
 ])
 def test_what_is_not_the_official_file_is_said_and_not_kept(trouble, message, requests, site):

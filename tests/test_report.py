@@ -1,4 +1,7 @@
-"""report.md and the loggers, of real runs: what they say is what log.jsonl and the arithmetic say."""
+"""report.md and the loggers, of real runs: what they say is what log.jsonl and the arithmetic say.
+
+    pytest tests/test_report.py
+"""
 import dataclasses
 import json
 import re
@@ -6,12 +9,13 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 
 import pytest
 import torch
 from conftest import ENCODING, ROOT, TINY, flags, needs, once, read_log, run, write_shards
 from hub import hub, with_gpt2
-from test_hellaswag import OURS
+from test_hellaswag import OURS, wilson_ends
 from test_model import random_gpt2
 from test_plot import FINEWEB
 from test_train import run_until
@@ -51,18 +55,69 @@ def test_the_report_says_what_the_log_says(finished):
     text, train = (finished / "report.md").read_text(), read_log(finished, "train")
     val, scored = read_log(finished, "val")[-1], read_log(finished, "hellaswag")[-1]
     assert f"{val['loss']:.4f} after 60 steps" in text
-    assert f"{scored['acc_norm']:.2%} ± " in text and "on 30 examples after 60 steps" in text
+    low, high = wilson_ends(round(30 * scored["acc_norm"]), 30)
+    interval = f"95% interval {100 * low:.2f} to {high:.2%}"
+    assert f"| {scored['acc_norm']:.2%} ({interval}) on 30 examples after 60 steps" in text
     assert "7,680 in 60 steps of 128, windows of 16" in text
     assert f"{sum(line['dt_ms'] for line in train) / 3.6e6:.3g} hours (0:" in text
-    assert f"{statistics.mean(line['loss'] for line in train[-20:]):.4f}, mean of the last 20 steps" in text
+    assert f"{statistics.mean(line['loss'] for line in train[-7:]):.4f}, mean of the last 7 steps" in text
     assert f"{statistics.median(line['tok_per_s'] for line in train):,.0f} tokens/s" in text
-    assert f"MFU {statistics.median(line['mfu'] for line in train):.1%}" in text
     assert f"torch {torch.__version__}" in text
-    assert re.search(r"`python train_gpt2\.py --data .* --n_layer 2 .*` \(2 times: it was resumed\)", text)
+    begin, end = read_log(finished, "val")[0]["loss"], val["loss"]
+    assert text.startswith(f"# log: validation loss {begin:.2f} -> {end:.2f} in 60 steps\n\n**")
+    command = re.search("The command, given 2 times, as it was resumed:\n\n```sh\n(.*)\n```\n", text)[1]
+    assert command == read_log(finished, "run")[-1]["command"]
+    assert re.match(r"python train_gpt2\.py --data .* --n_layer 2 ", command)
     assert "![training and validation loss](loss.png)" in text and (finished / "loss.png").exists()
     assert FINEWEB in text and "from new weights" in text
     assert "No reproduction of GPT-2 124M: the model has another shape" in text
     assert text.count("\n\n|") == 2 and "Not measured: any other benchmark" in text
+
+
+@pytest.mark.parametrize("mfu, expected", [(0.42, "tokens/s, MFU 42.0%, median of the steps"),
+                                           (None, "tokens/s, median of the steps")])
+def test_mfu_is_reported_where_it_is_known(mfu, expected, finished, tmp_path):
+    folder = edited(finished, tmp_path, lambda line: line.update(mfu=mfu) if line["kind"] == "train" else None)
+    text = report.write_report(folder).read_text()
+    assert expected in text and "nan" not in text and text.count("MFU") == (mfu is not None)
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ([("val", 0, 10.8249), ("train", 180, 4.8), ("val", 60, 5.0), ("val", 180, 4.7391)],
+     "validation loss 10.82 -> 4.74 in 180 steps"),
+    ([("val", 60, 5.0), ("val", 1260, 4.0)], "validation loss 5.00 -> 4.00 in 1,200 steps"),  # branched
+    ([("val", 0, 10.8), ("train", 1, 10.8), ("val", 1, 10.7)], "validation loss 10.80 -> 10.70 in 1 step"),
+    ([("val", 0, 10.8)], "validation loss 10.80 after 0 steps"), ([("val", 9, 4), ("val", 10, None)],
+                                                                   "validation loss 4.00 after 9 steps"),
+    ([("train", step, step) for step in range(1, 5)], "training loss 3.50 after 4 steps"),
+    ([("train", 1, None)], "no loss yet"), ([], "no loss yet"),
+])
+def test_the_result_in_a_line(lines, expected):
+    lines = [{"kind": kind, "step": step, "loss": loss} for kind, step, loss in lines]
+    assert report.result(lines) == expected
+
+
+def test_the_report_reads_as_plain_text_and_its_command_can_be_pasted(tmp_path):
+    """Columns stand one below the other; the shell reads from the command what was given, whatever the names."""
+    data = "it's a | folder"
+    (tmp_path / data).mkdir()
+    write_shards(tmp_path / data)
+    given = flags(data=data, out_dir="my `log`", max_steps=2, warmup_steps=0)
+    result = run(given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "my `log`" / "report.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        columns = [[place for place, letter in enumerate(row) if letter == "|" and row[place - 1] != "\\"]
+                   for row in table.splitlines()]
+        assert len(columns) > 2 and len({tuple(places[:-1]) for places in columns}) == 1, table
+    command = re.search("```sh\n(.*)\n```", text)[1]
+    words = subprocess.run(["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}; {command}"], capture_output=True,
+                           text=True, check=True).stdout.split("\0")[:-1]
+    assert words[0] == "train_gpt2.py"
+    theirs, ours = (dataclasses.asdict(train_gpt2.parse_args(list(map(str, part)))) for part in (words[1:], given))
+    told = read_log(tmp_path / "my `log`", "run")[0]["config"]
+    assert theirs["data"] == data and {key: theirs[key] for key in ours if ours[key] == told[key]} == {
+        key: ours[key] for key in ours if ours[key] == told[key]}
 
 
 def test_the_log_tells_whether_the_model_is_gpt2_124m(finished, tmp_path, monkeypatch):
@@ -327,7 +382,7 @@ def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished,
     assert again.returncode == 0, again.stderr
     text = (log / "report.md").read_text()
     assert f"{theirs:.4f}, measured on the same tokens, float32" in text
-    assert text.count("(2 times: it was resumed)") == 1  # a finished run that is given again trains nothing
+    assert text.count("given 2 times, as it was resumed") == 1  # a finished run that is given again trains nothing
 
 
 def test_a_manifest_of_another_program_does_no_harm(shard_folder, tmp_path):

@@ -208,7 +208,8 @@ def test_the_time_that_a_step_waited_for_data_is_in_the_log(shard_folder, tmp_pa
 
 RESUMED = {  # what another value of each setting would do to the rest of a run, and whether it is let
     "elsewhere": "out_dir device micro_batch_size compile activation_checkpointing deterministic",  # but for rounding
-    "what is kept and shown": "keep_checkpoints keep_best checkpoint_every logger log_every sample_every sample_prompt yes",
+    "what is kept and shown": "keep_checkpoints keep_best checkpoint_every logger log_every sample_every sample_prompt "
+                              "yes",
     "what is evaluated when, which the log says": "val_every hellaswag_every hellaswag_limit hellaswag_data",
     "no: other weights": "init_from branch_from seed model n_layer n_head n_embd total_batch_size sequence_length "
                          "shuffle optimizer max_lr min_lr warmup_steps decay decay_steps weight_decay grad_clip dtype "
