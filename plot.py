@@ -2,6 +2,7 @@
 
     python plot.py log                        # writes log/loss.png, as training does after a validation
     python plot.py log/a log/b --x hours      # compares two runs in ./loss.png
+    python plot.py log --out curve.svg        # for a page or a paper
 
 The training loss of single steps is thin and pale; the line on it is its average over 2 % of the steps, at least 9.
 Dots are validation losses. The legend gives the last value of each curve, and the training loss as the mean of the last
@@ -22,7 +23,9 @@ FORMATS = (".png", ".svg", ".pdf")
 @dataclass(frozen=True)
 class PlotConfig:
     """What to draw. Raises UserError for a value out of its range."""
+    # Arguments
     runs: list = field(default_factory=lambda: ["log"])  # run folders, or log.jsonl files (default: log)
+    # Picture
     x: Literal["tokens", "steps", "hours"] = "tokens"  # horizontal axis
     out: str = ""  # picture, .png, .svg or .pdf (empty: loss.png in the run's folder, or here for several runs)
 
