@@ -240,7 +240,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def hint_for_unknown(self, unknown: list[str]) -> str:
         """Say what may be meant by words that belong to no flag, ": ..." or ""."""
-        flags = [word.partition("=")[0] for word in unknown if word[0] in "-\u2013\u2014"]
+        dashes = ("-", "\u2013", "\u2014")  # from a page that made -- into one
+        flags = [word.partition("=")[0] for word in unknown if word.startswith(dashes)]
         hints = [(flag, flag_help.hint_for_flag(flag, self.known)) for flag in flags]
         if not flags and not self._get_positional_actions():
             hints = [(unknown[0], flag_help.hint_for_word(unknown[0], self.argv, self.known))]

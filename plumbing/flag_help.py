@@ -56,7 +56,6 @@ OTHER_NAMES = {  # ours: theirs, as in nanoGPT, build-nanogpt, nanochat, llm.c, 
     "seed": "random_seed manual_seed",
 }
 
-TORCHRUN = "torchrun --standalone --nproc_per_node=8"
 INSTEAD = [  # (names, flags of which the command must have one, what to do)
     ("batch_size bs train_batch_size", "total_batch_size",
      "--total_batch_size is in tokens per optimizer step, --micro_batch_size in sequences per forward pass"),
@@ -66,7 +65,7 @@ INSTEAD = [  # (names, flags of which the command must have one, what to do)
      "not needed: the same command resumes the run in --out_dir"),
     ("resume continue", "shard_size", "not needed: the same command continues"),
     ("gpus n_gpus ngpu num_gpus gpu_ids devices nproc nproc_per_node num_processes world_size ddp distributed",
-     "max_steps style", f"start it with {TORCHRUN} instead of python, with your number of GPUs"),
+     "max_steps style", "start it with torchrun --standalone --nproc_per_node=8 instead of python, for 8 GPUs"),
     ("gradient_accumulation_steps grad_accum_steps grad_accum accumulation_steps accumulate_grad_batches", "max_steps",
      "it follows from --total_batch_size and --micro_batch_size"),
     ("dropout attn_pdrop resid_pdrop embd_pdrop", "max_steps", "there is none; to add it, change GPT in train_gpt2.py"),
@@ -166,7 +165,7 @@ def hint_for_flag(flag: str, known: list[str]) -> str:
 
 def hint_for_word(word: str, argv: list[str], known: list[str]) -> str:
     """Say what may be meant by a word of the command line that belongs to no flag; "" if unknown."""
-    place = argv.index(word)
+    place = argv.index(word) if word in argv else 0
     before, flag = argv[max(0, place - 1)], argv[max(0, place - 2)]
     name = word.partition("=")[0]
     if f"--{name}" in known:

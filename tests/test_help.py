@@ -170,6 +170,11 @@ def test_a_mistake_is_told_what_to_write(line, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_empty_word_is_an_error_too():
+    with pytest.raises(UserError, match="unrecognized arguments: : did you mean --data"):
+        train_gpt2.parse_args([""])
+
+
 @pytest.mark.parametrize("line", ["--qqq 3", "--foo", "--ab", "--x=3"])
 def test_nonsense_gets_no_suggestion(line):
     with pytest.raises(UserError, match=r"unrecognized arguments: \S+( 3)? \(--help lists every flag\)"):
