@@ -40,8 +40,10 @@ TOLERANCE = 1e-4  # largest accepted difference between two logits, computed in 
 @dataclass(frozen=True)
 class ExportConfig:
     """What to export, and where to. Raises UserError for a value out of its range."""
+    # Arguments
     model: str = ""  # run folder, .pt file, transformers folder, or gpt2 to gpt2-xl (empty: the newest run below log/)
     out: str = ""  # new folder; one that exists is left alone (empty: out_RUN_STEP)
+    # Upload
     push_to_hub: str = ""  # also upload the folder to the Hugging Face hub, as OWNER/NAME
 
     def __post_init__(self):

@@ -70,7 +70,7 @@ class FineWebConfig:
     """The settings of one run. Every field is a flag, and its comment is the flag's help."""
 
     # Where the texts come from
-    source: str = FINEWEB_EDU  # hub dataset OWNER/NAME[@REVISION][/PATH], or a local file, folder or quoted pattern
+    source: str = FINEWEB_EDU  # hub dataset OWNER/NAME[@REVISION][/PATH], file, folder, pattern (default: FineWeb-Edu)
     text_column: str = "text"  # column, or key of each JSON object, that holds the text; a.b for b in a
     skip_bad_rows: bool = False  # leave out rows that cannot be read, and count them
     retries: int = 8  # retries in a row after a network error, with waits of 1, 2, 4 ... 60 seconds

@@ -2,6 +2,7 @@
 
     python plot.py                            # the newest run below log/: its loss.png, as training draws it
     python plot.py log/a log/b --x hours      # compares two runs in ./loss.png
+    python plot.py log --out curve.svg        # for a page or a paper
 
 The training loss of single steps is pale. The line on it is its moving average, after n steps over the last sqrt(n) of
 them: 13 of 180, 138 of 19,073. Dots are validation losses. The legend gives the last value of each curve. A steep start
@@ -25,7 +26,9 @@ FORMATS = (".png", ".svg", ".pdf")
 @dataclass(frozen=True)
 class PlotConfig:
     """What to draw. Raises UserError for a value out of its range."""
+    # Arguments
     runs: list = field(default_factory=list)  # run folders, or log.jsonl files (default: the newest run below log/)
+    # Picture
     x: Literal["tokens", "steps", "hours"] = "tokens"  # horizontal axis
     out: str = ""  # picture, .png, .svg or .pdf (empty: loss.png in the run's folder, or here for several runs)
 

@@ -1,11 +1,11 @@
 """GPT-2 (124M) from scratch, aiming at OpenAI's own 3.29 nats per token on FineWeb-Edu.
 
+    python train_gpt2.py --data my.txt                        # a small model on your own text
     python fineweb.py                                         # the data: 10 billion tokens
     python train_gpt2.py                                      # one GPU; without data, a demo
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # eight GPUs, the same experiment
-    python train_gpt2.py --help                               # all settings
 
-The same command again resumes. In reading order:
+The same command again resumes; --help lists all settings. In reading order:
 
     1 configuration     3 data                      5 evaluation, training
     2 model             4 optimizer, schedule       6 the command, presets
@@ -47,24 +47,20 @@ from plumbing.tokenizer import VOCAB_SIZE
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The defaults reproduce GPT-2 124M. Raises UserError for a wrong value."""
-    # Run
+    # Data
     data: str = "edu_fineweb10B"  # folder of token shards, or a text file
-    out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
-    init_from: str = ""  # initial weights: gpt2 to gpt2-xl, a transformers folder, a checkpoint
-    branch_from: str = ""  # checkpoint to continue in a new run, under another schedule
-    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from
+    sequence_length: cli.Positive = 1024  # tokens per sequence
+    shuffle: bool = True  # new random order of the sequences in each epoch
     seed: int = 1337  # seed for the initial weights and the data order
     # Model
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = "gpt2"  # shape of a new model
     n_layer: int = 0  # blocks (0: from --model)
     n_head: int = 0  # attention heads per block (0: from --model)
     n_embd: int = 0  # channels (0: from --model)
-    # Batch
+    init_from: str = ""  # initial weights: gpt2 to gpt2-xl, a transformers folder, a checkpoint
+    branch_from: str = ""  # checkpoint to continue in a new run, under another schedule
+    # Optimization
     total_batch_size: cli.Positive = 524288  # tokens per optimizer step, over all GPUs
-    micro_batch_size: int = 0  # sequences per forward pass on each GPU (0: as many as fit)
-    sequence_length: cli.Positive = 1024  # tokens per sequence
-    shuffle: bool = True  # new random order of the sequences in each epoch
-    # Optimizer and schedule
     max_steps: int = 19073  # optimizer steps (0: only evaluate)
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw for all, or muon for the blocks
     max_lr: float = 6e-4  # learning rate after the warmup
@@ -75,6 +71,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
     # Evaluation
+    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from, without training
     val_every: int = 250  # steps between validations (0: only at the start and the end)
     val_tokens: cli.Positive = 10485760  # tokens per validation, at most
     hellaswag_every: int = 250  # steps between HellaSwag evaluations (0: never)
@@ -82,13 +79,15 @@ class TrainConfig:
     hellaswag_data: str = ""  # HellaSwag file, .jsonl or .jsonl.gz (empty: downloaded)
     sample_every: int = 250  # steps between samples (0: never)
     sample_prompt: cli.Prompt = "Hello, I'm a language model,"  # text that the samples continue
-    # Checkpoints and logging
+    # Output
+    out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
     keep_best: bool = False  # also keep the one with the lowest validation loss, best.pt
     log_every: int = 0  # steps between lines on the screen, after 20 (0: about one line per second)
     logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the logged numbers
     # Machine
+    micro_batch_size: int = 0  # sequences per forward pass on each GPU (0: as many as fit)
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: cli.Dtype = "auto"  # precision of matrix products, by autocast (auto: by hardware)
     compile: bool | None = None  # torch.compile (default: if it works and the run is long enough)
@@ -559,22 +558,24 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> TrainConfig:
-    """Read the flags. They override a preset, which is demo for a text file, otherwise gpt2."""
-    flags = cli.parse_flags(
-        TrainConfig, argv, "Train GPT-2. The same command again resumes. Without --data and without "
-        f"{TrainConfig.data}/ it trains a small model on input.txt.",
-        extra={"preset": (tuple(PRESETS), "defaults that flags override (default: gpt2, or demo for text)")})
-    preset = flags.pop("preset", None)
+def defaults_for(flags: dict) -> dict:
+    """Return what these flags override: a preset, demo for a text file, otherwise gpt2."""
+    preset, data = flags.get("preset"), flags.get("data", TrainConfig.data)
     no_shards = preset is None and not shards.has_shards(TrainConfig.data)
     if "data" not in flags and (preset == "demo" or no_shards):
-        built_in = Path(__file__).with_name("input.txt")
-        flags["data"] = "input.txt" if Path("input.txt").exists() else str(built_in)
-    data = Path(flags.get("data", TrainConfig.data))
-    preset = preset or ("demo" if data.is_file() else "gpt2")
-    if preset == "demo" and data.name != "input.txt":
-        flags.setdefault("out_dir", f"log/{data.resolve().stem}")
-    return TrainConfig(**{**PRESETS[preset], **flags})
+        data = "input.txt" if Path("input.txt").exists() else str(Path(__file__).with_name("input.txt"))
+    preset = preset or ("demo" if Path(data).is_file() else "gpt2")
+    defaults = PRESETS[preset] | {"data": data, "preset": preset}
+    if preset == "demo" and Path(data).name != "input.txt":
+        defaults["out_dir"] = f"log/{Path(data).resolve().stem}"
+    return defaults
+
+
+def parse_args(argv: list[str]) -> TrainConfig:
+    """Read the flags, and put the defaults under them."""
+    return TrainConfig(**cli.parse_flags(
+        TrainConfig, argv, f"Train GPT-2 on the token shards in {TrainConfig.data}/, or a small one on a text. "
+        "The same command again resumes.", presets=PRESETS, defaults=defaults_for))
 
 
 def main(config: TrainConfig) -> float:

@@ -35,7 +35,7 @@ from train_gpt2 import GPT, GPTConfig
 @dataclass(frozen=True)
 class BenchConfig:
     """Settings of this bench; every field is a flag."""
-    # Examples
+    # Data
     data: str = ""  # file of examples (empty: the official validation split, downloaded)
     examples: int = 300  # examples to score (0: all)
     # Runs

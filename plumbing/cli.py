@@ -2,15 +2,18 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import faulthandler
 import inspect
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
+
+from plumbing import flag_help
 
 
 class UserError(Exception):
@@ -113,6 +116,8 @@ def check_values(config) -> None:
             wrong = "a name or a path" if value == "" and field.default != "" else ""
         else:
             wrong = "" if accepts(kind, value) else describe_type(kind)
+            if wrong and get_origin(kind) is Literal and (near := flag_help.nearest(str(value), get_args(kind), 0.5)):
+                wrong += f": did you mean {near}?"
         require(config, field.name, not wrong, wrong)
 
 
@@ -148,67 +153,134 @@ def describe_type(kind) -> str:
 RENAMED = {"recipe": "preset"}  # flags of earlier versions
 
 
-def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = (), extra=()) -> dict:
+def parse_flags(cls, argv: list[str], description: str, positional: tuple[str, ...] = (), presets=(),
+                defaults=None) -> dict:
     """Read the flags in argv -> {field: value} of those that are given.
 
     Each field of the dataclass `cls` is a flag. The comment behind it in the source is its help text, and a line that
-    is only a comment begins a group of flags. Fields named in `positional` are arguments without a flag; `extra` are
-    flags beside the fields, {name: (choices, help text)}. Raises UserError, in one line, for a wrong flag.
+    is only a comment begins a group of flags. Fields named in `positional` are arguments without a flag. --help ends
+    with the commands at the top of the docstring of cls's module. With `presets`, names, there is a flag --preset;
+    `defaults` is then a function, {field or "preset": value} as given -> all that lies under it, which --help shows
+    and the result holds. Raises UserError, in one line, for a wrong flag.
     """
-    source = inspect.getsource(cls)
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
-    program = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    helps = {"-h", "-help", "--help"}
+    if helps & set(argv):
+        given, words = {}, [word for word in argv if word not in helps]
+        with contextlib.suppress(UserError):  # what is wrong is not the question
+            given = vars(make_parser(cls, description, positional, presets).parse_known_args(words)[0])
+        values = defaults(given) if defaults else {}
+        make_parser(cls, description, positional, presets, values).print_help()
+        sys.exit(0)
+    flags = vars(make_parser(cls, description, positional, presets).parse_args(argv))
+    flags = {name: value for name, value in flags.items() if value != []}
+    if defaults:
+        flags = {**defaults(flags), **flags}
+        del flags["preset"]
+    return flags
+
+
+def make_parser(cls, description: str, positional: tuple[str, ...], presets, defaults=None):
+    """Make the parser of parse_flags(). Its help shows `defaults`, {field: value}, and otherwise those of cls."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    words = [f"[{name.upper()} ...]" if fields[name].type is list else f"[{name.upper()}]" for name in positional]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
+    words = ["python", f"-m {spec.name}" if spec else sys.argv[0]]
+    words += [f"[{name.upper()} ...]" if fields[name].type is list else f"[{name.upper()}]" for name in positional]
     if len(fields) > len(positional):
         words.append("[--flag VALUE ...]")
-    usage = " ".join(["python", program, *words])
-    parser = OneLineParser(description=description, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                           formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100))
+    width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
+    defaults = {name: field.default for name, field in fields.items()} | (defaults or {})
+    note = "In [brackets]: the value that applies here without the flag"
+    note += f", from --preset {defaults['preset']}." if "preset" in defaults else "."
+    parser = OneLineParser(
+        usage=" ".join(words), add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=f"{textwrap.fill(description, width)}\n\n{note}",
+        epilog=flag_help.lay_out(flag_help.examples_of(cls.__module__), os.path.dirname(sys.argv[0]), width),
+        formatter_class=lambda prog: flag_help.HelpFormatter(prog, max_help_position=29, width=width))
     group = parser
-    for name, (choices, text) in dict(extra).items():
-        parser.add_argument(f"--{name}", choices=choices, help=text)
+    if presets:
+        shown = f" [{defaults['preset']}]" if "preset" in defaults else ""
+        group = parser.add_argument_group("Preset")
+        group.add_argument("--preset", choices=tuple(presets), help=f"settings that other flags override{shown}")
+    source = inspect.getsource(cls)
     for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", source, re.MULTILINE):
         if heading:
             group = parser.add_argument_group(heading)
         elif name in fields:
-            add_argument(group, fields[name], text, name in positional)
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
+            add_argument(group, fields[name], text, name in positional, defaults[name])
+    return parser
 
 
-def add_argument(group, field, text: str, is_positional: bool) -> None:
-    """Add the flag of one field of a dataclass, or its argument without a flag."""
-    kind, text = field.type, text.replace("%", "%%")
-    default = "empty" if field.default == "" else field.default
-    said = f"({default}:" in text or "default:" in text
-    if default not in (None, dataclasses.MISSING) and not said:
-        text += f" (default: {default})"
-    if kind in (bool, bool | None):
-        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
+def add_argument(group, field, text: str, is_positional: bool, default) -> None:
+    """Add the flag of one field of a dataclass, or its argument without a flag; its help shows the default."""
+    kind = field.type
+    said = "default:" in text and default == field.default
+    nothing = default is None or default is dataclasses.MISSING or default == "" or (default is False and kind is bool)
+    if not (said or nothing):
+        text += f" [{flag_help.show(default)}]"
+    options = {"help": text.replace("%", "%%")}
+    if kind is bool and field.default is False:
+        group.add_argument(f"--{field.name}", action="store_true", **options)
+        group.add_argument(f"--no-{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
+    elif kind in (bool, bool | None):
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
     elif kind is list:
-        group.add_argument(field.name, help=text, nargs="*", type=str)
+        group.add_argument(field.name, nargs="*", type=str, **options)
     elif is_positional:
-        group.add_argument(field.name, help=text, type=kind, nargs="?")
+        group.add_argument(field.name, type=kind, nargs="?", **options)
     elif get_origin(kind) is Literal:
-        group.add_argument(f"--{field.name}", metavar="{" + ",".join(filter(None, get_args(kind))) + "}", help=text)
+        choices = "{" + ",".join(filter(None, get_args(kind))) + "}"
+        group.add_argument(f"--{field.name}", metavar=choices, **options)
     else:
         kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-        group.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text)
+        group.add_argument(f"--{field.name}", type=kind, metavar=flag_help.metavar(field.name, kind), **options)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are a UserError: one line, no usage dump."""
+    """A parser whose errors are a UserError: one line, no usage dump, and what to write instead."""
 
-    def error(self, message):
+    def parse_args(self, argv: list[str]):
+        """Parse the flags; a word that belongs to none is an error."""
+        self.argv = argv
+        flags, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.hint_for_unknown(unknown)}")
+        return flags
+
+    @property
+    def known(self) -> list[str]:
+        """List the flags that this command has, in the order of the help."""
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def hint_for_unknown(self, unknown: list[str]) -> str:
+        """Say what may be meant by words that belong to no flag, ": ..." or ""."""
+        dashes = ("-", "\u2013", "\u2014")  # from a page that made -- into one
+        flags = [word.partition("=")[0] for word in unknown if word.startswith(dashes)]
+        hints = [(flag, flag_help.hint_for_flag(flag, self.known)) for flag in flags]
+        if not flags and not self._get_positional_actions():
+            hints = [(unknown[0], flag_help.hint_for_word(unknown[0], self.argv, self.known))]
+        hints = [(word, hint) for word, hint in hints if hint]
+        if len(hints) == 1 and len(flags) < 2:
+            return f": {hints[0][1]}"
+        return "".join(f"; {word}: {hint}" for word, hint in hints)
+
+    def error(self, message: str):
         """Raise the message as a UserError; for a renamed flag it gives the new name."""
         for old, new in RENAMED.items():
             if f"--{old}" in message.replace("=", " ").split():
                 raise UserError(f"--{old} is now --{new} (--help lists every flag)")
-        given = re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2])
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        for flag in given[:1]:
-            if likely := difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, 1, 0.8):
-                message += f": did you mean {likely[0]}?"
+        flag = message.removeprefix("argument ").partition(":")[0].split("/")[0]
+        action = self._option_string_actions.get(flag)
+        if message.endswith("expected one argument"):
+            message += f", {flag} {action.metavar or 'NAME'}"
+        elif "ignored explicit argument" in message:
+            message += f": write {flag} or --no-{flag[2:]}"
+        elif wrong := re.search(r"invalid (?:int|float) value: '(.*)'", message):
+            message += f": {flag_help.hint_for_number(wrong[1], action.type)}"
+        elif wrong := re.search(r"invalid choice: '(.*?)'", message):
+            near = flag_help.nearest(wrong[1], action.choices)
+            message += f": did you mean {near}?" if near else ""
+        elif "are required" in message:
+            message += f": {self.usage}"
         raise UserError(f"{message} (--help lists every flag)")
 
 
