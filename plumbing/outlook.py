@@ -133,10 +133,12 @@ def training_command(config, prefix: str, tokens: int) -> str:
 def warn_of_size(config, shards: list[dict], tokens: int) -> None:
     """Say what so few tokens are good for, or that too many of them are in the validation split."""
     message, first = "", shards[0]["tokens"]
-    if tokens < TOO_FEW:
+    if config.download:
+        message = "" if len(shards) > 1 else "warning: the only shard is for validation: fetch more with --max_tokens"
+    elif tokens < TOO_FEW:
         message = (f"warning: only {tokens:,} {plural(tokens, 'token')}, too few to train on: add texts to "
                    f"{config.source}")
-    elif len(shards) == 1 or (not config.download and first > tokens / 4 and first == config.shard_size):
+    elif len(shards) == 1 or (first > tokens / 4 and first == config.shard_size):
         what = "all" if len(shards) == 1 else f"{first:,} of {tokens:,} tokens"
         message = (f"warning: {what} are in the validation split: to train on more, name another --out and "
                    f"--shard_size {max(1, tokens // 10)}")
