@@ -30,7 +30,7 @@ class Outlook:
     """The expected number of tokens: the usual ones per byte, scaled by what the files so far have given."""
 
     def __init__(self, config, files: list[File], manifest: Manifest):
-        self.limit, self.shown = config.node_limit, 0.0  # the share of a bar that is filled, which never falls
+        self.limit = config.node_limit
         self.usual = [0, *itertools.accumulate(estimate_tokens([file]) for file in files)]  # before each file
         before, position = manifest.total("tokens"), next_position(manifest)
         part = (manifest.shards or [{}])[-1].get("file_tokens") or 0  # of a file that was read in part
@@ -38,10 +38,12 @@ class Outlook:
         self.expected = self.scale(self.whole, self.usual[min(self.file, len(files))])
         if self.expected is None and before <= 0.9 * self.usual[-1]:  # otherwise there is evidently more than usual
             self.expected = self.usual[-1]
-        if self.expected is not None:
-            self.expected = min(self.limit, max(self.expected, before))
-        elif self.limit < math.inf:
+        if self.expected is None and self.limit < math.inf:
             self.expected = self.limit
+        elif self.expected is not None:  # something is left as long as a file is
+            least = before / 0.99 if position.file < len(files) else before
+            self.expected = round(min(self.limit, max(self.expected, least)))
+        self.shown = before / self.expected if self.expected else 0.0  # of a bar, which never falls
 
     def scale(self, tokens: float, usual: float) -> float | None:
         """Return how many tokens all files will have if those that usually have `usual` had `tokens`."""
@@ -133,10 +135,12 @@ def training_command(config, prefix: str, tokens: int) -> str:
 def warn_of_size(config, shards: list[dict], tokens: int) -> None:
     """Say what so few tokens are good for, or that too many of them are in the validation split."""
     message, first = "", shards[0]["tokens"]
-    if tokens < TOO_FEW:
+    if config.download:
+        message = "" if len(shards) > 1 else "warning: the only shard is for validation: fetch more with --max_tokens"
+    elif tokens < TOO_FEW:
         message = (f"warning: only {tokens:,} {plural(tokens, 'token')}, too few to train on: add texts to "
                    f"{config.source}")
-    elif len(shards) == 1 or (not config.download and first > tokens / 4 and first == config.shard_size):
+    elif len(shards) == 1 or (first > tokens / 4 and first == config.shard_size):
         what = "all" if len(shards) == 1 else f"{first:,} of {tokens:,} tokens"
         message = (f"warning: {what} are in the validation split: to train on more, name another --out and "
                    f"--shard_size {max(1, tokens // 10)}")

@@ -257,6 +257,7 @@ class Bar:
 
     def __init__(self, total, initial, *rest):
         self.total, self.n, self.shown = total, initial, []
+        self.update(0)
 
     def update(self, count):
         self.n += count
