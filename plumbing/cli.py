@@ -183,7 +183,7 @@ def make_parser(cls, description: str, positional: tuple[str, ...], presets, def
     """Make the parser of parse_flags(). Its help shows `defaults`, {field: value}, and otherwise those of cls."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
-    words = ["python", f"-m {spec.name}" if spec else sys.argv[0]]
+    words = ["python", f"-m {spec.name}" if spec else sys.argv[0].replace("%", "%%")]
     words += [f"[{name.upper()} ...]" if fields[name].type is list else f"[{name.upper()}]" for name in positional]
     if len(fields) > len(positional):
         words.append("[--flag VALUE ...]")
@@ -193,7 +193,7 @@ def make_parser(cls, description: str, positional: tuple[str, ...], presets, def
     note += f", from --preset {defaults['preset']}." if "preset" in defaults else "."
     parser = OneLineParser(
         usage=" ".join(words), add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description=f"{textwrap.fill(description, width)}\n\n{note}",
+        description=textwrap.fill(description, width),
         epilog=flag_help.lay_out(flag_help.examples_of(cls.__module__), os.path.dirname(sys.argv[0]), width),
         formatter_class=lambda prog: flag_help.HelpFormatter(prog, max_help_position=29, width=width))
     group = parser
@@ -207,6 +207,8 @@ def make_parser(cls, description: str, positional: tuple[str, ...], presets, def
             group = parser.add_argument_group(heading)
         elif name in fields:
             add_argument(group, fields[name], text, name in positional, defaults[name])
+    if any(action.help.endswith("]") for action in parser._actions):
+        parser.description += f"\n\n{note}"
     return parser
 
 
