@@ -121,12 +121,6 @@ def named_alone(flags: dict) -> dict:
     return {**flags, "model": "", "out": name}
 
 
-def default_out(source: str, state: dict | None) -> str:
-    """Return the folder for a model if none is named, such as out_demo_180 for step 180 of log/demo."""
-    name = f"{Path(state['path']).absolute().parent.name}_{state['step']}" if state else Path(source).absolute().name
-    return f"out_{name}"
-
-
 def refuse_existing(out: str) -> None:
     """Raise UserError if there is a file or folder of that name."""
     if out and os.path.lexists(out):
@@ -141,7 +135,7 @@ def main(argv: list[str]) -> None:
         upload.check_name(config.push_to_hub)
     source = config.model
     state = models.find(source)
-    config = replace(config, out=config.out or default_out(source, state))
+    config = replace(config, out=config.out or newest.export_folder(source, state))
     refuse_existing(config.out)
     out = Path(config.out).absolute()
     tokenizer = tokenizer_of(state or source)

@@ -1,6 +1,6 @@
 """GPT-2 (124M) from scratch, aiming at OpenAI's own 3.29 nats per token on FineWeb-Edu.
 
-    python train_gpt2.py --data my.txt                        # a small model on your own text
+    python train_gpt2.py --data my.txt                        # your own text
     python fineweb.py                                         # the data: 10 billion tokens
     python train_gpt2.py                                      # one GPU; without data, a demo
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # eight GPUs, the same experiment
@@ -11,7 +11,7 @@ The same command again resumes; --help lists all settings. In reading order:
     2 model             4 optimizer, schedule       6 the command, presets
 
 Shapes: B batch, T time, C channels, nh heads, hs head size (C = nh * hs), V vocabulary.
-`world` is this process among all ranks: rank, world_size, device, autocast, and whether to stop.
+`world` is this process among all ranks: rank, world_size, device, autocast, stop flag.
 plumbing/ can be skipped: no model, no optimizer and no training logic is in there.
 """
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
     # Evaluation
-    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from, without training
+    eval_only: bool = False  # evaluate the newest checkpoint, or --init_from
     val_every: int = 250  # steps between validations (0: only at the start and the end)
     val_tokens: cli.Positive = 10485760  # tokens per validation, at most
     hellaswag_every: int = 250  # steps between HellaSwag evaluations (0: never)
@@ -82,9 +82,9 @@ class TrainConfig:
     # Output
     out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
-    keep_checkpoints: cli.Positive = 2  # number of newest checkpoints to keep
-    keep_best: bool = False  # also keep the one with the lowest validation loss, best.pt
-    log_every: int = 0  # steps between lines on the screen, after 20 (0: about one line per second)
+    keep_checkpoints: cli.Positive = 2  # newest checkpoints to keep
+    keep_best: bool = False  # also keep best.pt, of the lowest validation loss
+    log_every: int = 0  # steps between printed lines (0: about one per second)
     logger: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also gets the logged numbers
     # Machine
     micro_batch_size: int = 0  # sequences per forward pass on each GPU (0: as many as fit)
@@ -93,16 +93,17 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile (default: if it works and the run is long enough)
     activation_checkpointing: bool = False  # recompute blocks in backward, to save memory
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
-    yes: bool = False  # start a run that this machine cannot hold or finish within a week
+    yes: bool = False  # start even if this takes more than a week here
 
     def __post_init__(self):
         machine.check_settings(self)
 
 
 MAY_CHANGE_ON_RESUME = {  # anything else would make it another experiment
-    "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing", "deterministic",
-    "keep_checkpoints", "keep_best", "checkpoint_every", "logger", "val_every", "sample_every",
-    "sample_prompt", "hellaswag_every", "hellaswag_limit", "hellaswag_data", "log_every", "yes",
+    "out_dir", "micro_batch_size", "device", "compile", "activation_checkpointing",
+    "deterministic", "keep_checkpoints", "keep_best", "checkpoint_every", "log_every", "logger",
+    "val_every", "sample_every", "sample_prompt", "hellaswag_every", "hellaswag_limit",
+    "hellaswag_data", "yes",
 }
 MAY_CHANGE_ON_BRANCH = MAY_CHANGE_ON_RESUME | {  # the schedule too
     "branch_from", "init_from", "max_steps", "max_lr", "min_lr", "warmup_steps", "decay",
@@ -337,8 +338,8 @@ def get_lr(step: int, config: TrainConfig) -> float:
     start = config.max_steps - config.decay_steps if config.decay_steps else config.warmup_steps
     if step < start:
         return config.max_lr
-    progress = min(1.0, (step - start) / max(1, config.max_steps - start))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
+    done = min(1.0, (step - start) / max(1, config.max_steps - start))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.decay == "cosine" else 1 - done
     return config.min_lr + left * (config.max_lr - config.min_lr)
 
 
@@ -351,8 +352,9 @@ def evaluate_val_loss(model, loader: DataLoaderLite, val_tokens: int, world: Wor
     """Return the mean loss in nats over the first val_tokens. Raises Stopped after a signal."""
     n_windows = max(1, min(val_tokens // loader.T, loader.n_windows))
     losses = [torch.zeros((), device=world.device)]
-    firsts = range(world.rank * loader.B, n_windows, world.world_size * loader.B)  # windows
-    for i, first in enumerate(progress.track(firsts, "validation", "batches")):  # of this rank
+    # first window of each batch of this rank
+    firsts = range(world.rank * loader.B, n_windows, world.world_size * loader.B)
+    for i, first in enumerate(progress.track(firsts, "validation", "batches")):
         if world.stop.is_set():
             break
         x, y = loader.batch(i)
@@ -390,7 +392,8 @@ class Run:
     """One rank's part of a training run."""
 
     def __init__(self, config: TrainConfig, world: World, folder: files.Lock | None):
-        state, resuming = run_folder.to_continue(config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
+        state, resuming = run_folder.to_continue(
+            config, world, MAY_CHANGE_ON_RESUME, MAY_CHANGE_ON_BRANCH)
         self.raw_model = build_model(config, state).to(world.device)  # the plain module
         self.start = describe_start(config, PRESETS, world, self.raw_model, state, resuming)
         config, world, reasons = machine.resolve(config, state, self.raw_model, world)
@@ -434,7 +437,8 @@ class Run:
             if is_best and self.save(name=checkpoint.BEST):
                 self.best_val_loss = self.val_loss
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
-            self.log.hellaswag(step, hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world))
+            result = hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world)
+            self.log.hellaswag(step, result)
         if config.sample_every and self.is_due(config.sample_every):
             self.log.sample(step, sample_text(self.raw_model, config.sample_prompt, self.world))
         self.evaluated = step
@@ -460,13 +464,7 @@ class Run:
         return run_folder.write(self, state, required, name)
 
     def train(self) -> float:
-        """Train to the last step; return the last validation loss. Raises Stopped after a signal."""
-        self.loop()
-        self.log.end(self.step, self.val_loss, stopped=False)
-        return self.val_loss
-
-    def loop(self) -> None:
-        """Train to the last step."""
+        """Train to the last step; return its validation loss. Raises Stopped after a signal."""
         config, world, model, scaler = self.config, self.world, self.model, self.scaler
         # gradients of micro-batches add up: B affects memory, not the result
         tokens_at_once = config.micro_batch_size * config.sequence_length * world.world_size
@@ -519,6 +517,8 @@ class Run:
 
             # everything that follows is diagnostics; five bad steps in a row end the run
             self.log.train(self.step, loss, lr, norm, time.perf_counter() - t0, data_seconds, scale)
+        self.log.end(self.step, self.val_loss, stopped=False)
+        return self.val_loss
 
 
 def evaluate_only(config: TrainConfig, world: World) -> float:
@@ -532,7 +532,8 @@ def evaluate_only(config: TrainConfig, world: World) -> float:
     log = RunLog(config, raw_model, world)
     log.print_summary(None, loader, start | reasons)
     log.start(loader, start)
-    val_loss = evaluate_val_loss(parallelize(raw_model, config, world), loader, config.val_tokens, world)
+    model = parallelize(raw_model, config, world)
+    val_loss = evaluate_val_loss(model, loader, config.val_tokens, world)
     log.val(step, val_loss)
     if config.sample_every:
         log.sample(step, sample_text(raw_model, config.sample_prompt, world))
@@ -563,7 +564,8 @@ def defaults_for(flags: dict) -> dict:
     preset, data = flags.get("preset"), flags.get("data", TrainConfig.data)
     no_shards = preset is None and not shards.has_shards(TrainConfig.data)
     if "data" not in flags and (preset == "demo" or no_shards):
-        data = "input.txt" if Path("input.txt").exists() else str(Path(__file__).with_name("input.txt"))
+        here = Path("input.txt")
+        data = str(here if here.exists() else Path(__file__).with_name("input.txt"))
     preset = preset or ("demo" if Path(data).is_file() else "gpt2")
     defaults = PRESETS[preset] | {"data": data, "preset": preset}
     if preset == "demo" and Path(data).name != "input.txt":
@@ -573,16 +575,15 @@ def defaults_for(flags: dict) -> dict:
 
 def parse_args(argv: list[str]) -> TrainConfig:
     """Read the flags, and put the defaults under them."""
-    return TrainConfig(**cli.parse_flags(
-        TrainConfig, argv, f"Train GPT-2 on the token shards in {TrainConfig.data}/, or a small one on a text. "
-        "The same command again resumes.", presets=PRESETS, defaults=defaults_for))
+    about = "Train GPT-2 on token shards or a text. The same command again resumes."
+    return TrainConfig(**cli.parse_flags(TrainConfig, argv, about, (), PRESETS, defaults_for))
 
 
 def main(config: TrainConfig) -> float:
     """Train, resuming what out_dir holds; return the last validation loss in nats per token.
 
     Raises UserError or OSError for what the user can fix, FloatingPointError if the run diverges,
-    Stopped (a KeyboardInterrupt) after a signal, when what has been done is saved.
+    and Stopped (a KeyboardInterrupt) after a signal; what has been done is saved then.
     """
     trains = config.max_steps > 0 and not config.eval_only
     with (machine.explained_errors(config), cli.stop_signal(obey=trains) as stop,

@@ -38,3 +38,9 @@ def resembling(name: str, pattern: str = CHECKPOINTS) -> str | None:
     same = [run for run in runs if run.endswith(f"/{wanted}")]
     near = difflib.get_close_matches(wanted, [*runs, *map(os.path.basename, runs)], 1, 0.75)
     return next((run for run in runs for found in same[:1] or near if run == found or run.endswith(f"/{found}")), None)
+
+
+def export_folder(source: str, state: dict | None) -> str:
+    """Return the folder for a model if none is named, such as out_demo_180 for step 180 of log/demo."""
+    name = f"{Path(state['path']).absolute().parent.name}_{state['step']}" if state else Path(source).absolute().name
+    return f"out_{name}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from plumbing import accuracy, checkpoint, machine, reference, run_folder, screen, shards, summary
-from plumbing.cli import UserError, bold, clock, explain, print0
+from plumbing.cli import UserError, bold, clock, explain, plural, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
 PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
@@ -357,7 +357,8 @@ class RunLog:
         files = [name for name in ("checkpoints", "log.jsonl", "loss.png", "report.md") if name not in self.failed]
         already, since = ("already ", "") if self.finished else ("", f" in {took}")
         print0(bold(f"{already}finished: validation loss {self.first_loss}{val_loss:.4f}{self.remark} after {step:,} "
-                    f"steps and {tokens:,} tokens{since}") + f"; {', '.join(files)} in {config.out_dir}")
+                    f"{plural(step, 'step')} and {tokens:,} tokens{since}"))
+        print0(f"  {config.out_dir} has {', '.join(files)}")
         print0("\n".join(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir)))
         if Path(config.data).name == "input.txt" and not self.finished:
             print0("this was a small text; for GPT-2 124M itself, on a GPU: python fineweb.py, which writes 10 billion "

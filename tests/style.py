@@ -50,7 +50,7 @@ def figures() -> dict[str, int | float]:
     written = [line for line in lines if line.strip()]
     modules = [node for node in tree.body if isinstance(node, ast.ClassDef)
                and any(ast.unparse(base) == "nn.Module" for base in node.bases)]
-    training = next(function for function in functions(tree) if function.name == "loop")
+    training = next(function for function in functions(tree) if function.name == "train")
     (loop,) = (node for node in training.body if isinstance(node, ast.For))
     named = [name for path in (*ROOT.glob("*.py"), *(ROOT / "plumbing").glob("*.py"))
              for name in public_names(ast.parse(path.read_text(encoding="utf-8")))]

@@ -129,7 +129,7 @@ def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypa
         if name == "resumed":
             (out / "model_000006.pt").unlink()
         with monkeypatch.context() as patched:
-            patched.setattr(train_gpt2.Run, "loop", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            patched.setattr(train_gpt2.Run, "train", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
             with pytest.raises(Stopped):
                 train_gpt2.main(train_gpt2.parse_args(flags(data=shard_folder, out_dir=out, dtype="float16")))
         said = "stopped before the first step: the same" if name == "fresh" else "stopped after step 4 of 6: the same"

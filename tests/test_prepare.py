@@ -93,7 +93,7 @@ def test_the_default_source_and_downloads_keep_build_nanogpt_s_names(tmp_path, m
 def test_a_folder_with_the_names_of_an_earlier_version_goes_on_with_them(k, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", documents(30))
-    monkeypatch.setattr(fineweb, "name_of", lambda source: "edufineweb")  # as it was
+    monkeypatch.setattr(fineweb, "name_of", lambda *_, **__: "edufineweb")  # as it was
     prepare(source="a.jsonl", out="edu_fineweb10B", shard_size=2000, **SMALL)
     whole = contents("edu_fineweb10B")
     monkeypatch.undo()

@@ -321,7 +321,7 @@ def test_the_last_lines_of_the_demo_tell_it(expected, words, tmp_path, monkeypat
         ["--data", str(ROOT / "input.txt"), "--out_dir", str(tmp_path), "--max_steps", "1", "--warmup_steps", "0",
          "--max_lr", "0", "--val_every", "0", "--sample_every", "0", "--device", "cpu"]))
     printed = capsys.readouterr().out
-    assert re.search(rf"finished: validation loss 10\.82\d\d, {re.escape(words)}, after 1 steps", printed)
+    assert re.search(rf"finished: validation loss (10\.82\d\d) -> \1, {re.escape(words)}, after 1 step ", printed)
     assert f"**{words.split(' (')[0].capitalize()}: validation loss 10.8" in (tmp_path / "report.md").read_text()
 
 
@@ -413,7 +413,7 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(shard_folder, tmp_path
     result = run(arguments)
     assert result.returncode == 0 and "resumed after step 40" in result.stdout, result.stderr
     found = scalars(tmp_path / "tensorboard")
-    for kind, keys in (("train", ("loss", "lr", "norm", "tok_per_s", "mfu", "dt_ms", "tokens")), ("val", ("loss",)),
+    for kind, keys in (("train", ("loss", "lr", "norm", "tok_per_s", "dt_ms", "tokens")), ("val", ("loss",)),
                        ("hellaswag", ("acc_norm", "acc", "n"))):
         for key in keys:
             expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in read_log(tmp_path, kind)]

@@ -188,7 +188,7 @@ def test_every_step_but_the_first_reads_windows_that_were_announced(shard_folder
         return x, y
 
     monkeypatch.setattr(train_gpt2.DataLoaderLite, "batch", read)
-    monkeypatch.setattr(train_gpt2.shards.Shard, "read_ahead", lambda shard, start, stop: announced.append(
+    monkeypatch.setattr(train_gpt2.shards.Shard, "read_ahead", lambda shard, start, stop, *_, **__: announced.append(
         (*shard[start:stop].tolist(),)))
     train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=tmp_path)))
     assert late == [0] * 4 + [1] * 4 + [2] * 4  # the first step's two batches, and the one it reads for the second
