@@ -202,6 +202,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.init_weights()
 
+    @progress.busy("initializing the weights")
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialize the weights, with PyTorch's global generator."""
@@ -403,8 +404,7 @@ class Run:
         self.val_loader = DataLoaderLite(config, "val", world, vocab_size)
         self.optimizers = configure_optimizers(self.raw_model, config, world.device)
         self.scaler = machine.make_scaler(config.dtype, world.device)  # a no-op except in float16
-        self.step = 0  # steps done
-        self.evaluated = -1  # the last step that was evaluated
+        self.step, self.evaluated = 0, -1  # steps done, and the last step that was evaluated
         self.val_loss, self.best_val_loss = math.nan, math.inf
         self.finite, self.is_whole = True, True  # is_whole: not amid an update
         if state:
