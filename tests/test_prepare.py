@@ -169,7 +169,7 @@ def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(f
 
         monkeypatch.setattr("plumbing.files.replace", dying)
         monkeypatch.setattr(manifests, "replace", dying)
-        monkeypatch.setattr(manifests.Manifest, "drop_if_empty", lambda self: None)  # a kill leaves everything
+        monkeypatch.setattr(manifests.Manifest, "drop_if_empty", lambda *_, **__: None)  # a kill leaves everything
         try:
             prepare(**given, out=out)
         except Killed:
@@ -198,7 +198,7 @@ def test_a_source_that_grows_keeps_its_validation_split(tmp_path, monkeypatch):
     add = manifests.Manifest.add
     for _ in range(2):  # killed once a train shard has been written anew
         with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
-            patch.setattr(manifests.Manifest, "add", lambda self, shard: (add(self, shard), 1 / 0))
+            patch.setattr(manifests.Manifest, "add", lambda self, shard, *_, **__: (add(self, shard), 1 / 0))
             prepare(**{**given, "out": tmp_path / "killed"})
     prepare(**{**given, "out": tmp_path / "killed"})
     assert contents(tmp_path / "killed") == after
@@ -208,7 +208,7 @@ def test_the_only_shard_of_an_earlier_version_is_kept_until_the_source_grows(tmp
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents(40))
     given = dict(source=tmp_path / "in", out=tmp_path / "out", **SMALL)
-    monkeypatch.setattr(fineweb, "set_apart", lambda shard, *rest: shard)  # as it was
+    monkeypatch.setattr(fineweb, "set_apart", lambda shard, *_, **__: shard)  # as it was
     prepare(**given)
     monkeypatch.undo()
     before = contents(tmp_path / "out")
@@ -302,7 +302,7 @@ def test_on_resume_what_is_left_is_honest_and_the_bar_never_falls(kind, tmp_path
         write_jsonl(source / "b.jsonl.gz", texts[150:])
     total, bars = len(plain(texts)), []
     size = total // 8
-    monkeypatch.setattr(fineweb, "progress_bar", lambda *rest: bars.append(Bar(*rest)) or bars[-1])
+    monkeypatch.setattr(fineweb, "progress_bar", lambda *rest, **__: bars.append(Bar(*rest)) or bars[-1])
     given = dict(source=source, out=tmp_path / "out", shard_size=size, **SMALL)
     prepare(**given)
     capsys.readouterr()
@@ -353,6 +353,6 @@ def test_verify_where_there_is_nothing_names_the_folders_that_can_be(tmp_path, m
 
 
 def test_disk_space_is_told_in_units_that_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda *_, **__: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"needs [\d.]+ kB and its disk has 1 kB free"):
         prepare(source=write_jsonl(tmp_path / "a.jsonl", documents(50)), out=tmp_path / "out")
