@@ -159,7 +159,7 @@ def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(f
     for moment in range(30):
         out, calls = tmp_path / str(moment), []
 
-        def dying(temporary, path, calls=calls, moment=moment):
+        def dying(temporary, path, *_, calls=calls, moment=moment, **__):
             calls.append(path)
             if len(calls) == moment // 2 + 1 and moment % 2 == 0:
                 raise Killed
