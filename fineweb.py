@@ -7,7 +7,7 @@
 
 A document is the token 50256 (<|endoftext|>) followed by the GPT-2 tokens of its text. Documents follow one another
 through the shards: .npy files of uint16 with `shard_size` tokens each, the last with what is left. Shard 0 is the
-validation split: 1 % of texts that fill no second shard. Rows whose text is null are left out, and with
+validation split, 1 % of texts that fill less than two. Rows whose text is null are left out, and with
 --skip_bad_rows those that cannot be read.
 
 Reading, tokenizing and writing overlap, in threads:
@@ -42,7 +42,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, run_command
+from plumbing import resuming
+from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, print0, run_command
 from plumbing.encode import encode_texts, make_encoder, warn_of_marks
 from plumbing.files import DataError, lock, sha256
 from plumbing.hub_files import list_bin_files, parse_dataset
@@ -156,6 +157,10 @@ def prepare(config: FineWebConfig, encode) -> None:
         skipped = tokenize(config, encode, mine, manifest, outlook)
         if not manifest.shards:
             raise UserError(f"there is no text in {config.source}")
+        if config.num_nodes == 1 and manifest.share_is_too_large():
+            print0(f"{config.source} fills less than two shards: writing them again, with 1 % for validation")
+            manifest.begin_again(val_tokens=resuming.validation_share(manifest.total("tokens")))
+            skipped = tokenize(config, encode, mine, manifest, Outlook(config, mine, manifest))
     except BaseException:
         manifest.drop_if_empty()
         raise
@@ -214,13 +219,14 @@ def write_shards(stream, config: FineWebConfig, manifest: Manifest, report) -> i
                 skipped = piece.skipped + len(piece.bad)
                 beginning.add(piece)
                 while i < len(piece.tokens) and written < limit:
-                    if shard and shard.tokens == config.shard_size:  # and others follow
+                    if shard and shard.tokens == shard.size:  # and others follow
                         finishing.result()  # waits for the shard before
                         finishing, shard = disk.submit(finish, shard, record), None
                     if shard is None:
-                        shard = ShardWriter(Path(config.out) / shard_name(config, manifest, number), config.shard_size)
+                        size = config.shard_size if number else manifest.values.get("val_tokens", config.shard_size)
+                        shard = ShardWriter(Path(config.out) / shard_name(config, manifest, number), size)
                         number += 1
-                    end = min(len(piece.tokens), i + config.shard_size - shard.tokens, i + limit - written)
+                    end = min(len(piece.tokens), i + shard.size - shard.tokens, i + limit - written)
                     begun = int(np.diff(np.searchsorted(piece.starts, [i, end]))[0])
                     shard.write(piece.tokens[i:end], begun)
                     i, written, documents = end, written + end - i, documents + begun

@@ -137,6 +137,16 @@ class Manifest:
         self._write()
         self.finished.unlink(missing_ok=True)
 
+    def share_is_too_large(self) -> bool:
+        """Return whether the first of two shards is for validation, and the second one is smaller."""
+        sizes = [shard["tokens"] for shard in self.shards]
+        return len(sizes) == 2 and sizes[1] < sizes[0] == self.values["shard_size"]
+
+    def begin_again(self, **values) -> None:
+        """Have all shards written again, with other settings."""
+        self.shards, self.stale = [], [*self.shards, *self.stale]
+        self.begin(self.values | values)
+
     def drop_last(self) -> None:
         """Have the last shard written again."""
         self.stale.append(self.shards.pop())

@@ -650,8 +650,8 @@ def test_train_gpt2_runs_on_the_shards(tmp_path):
 
 def test_a_split_that_takes_most_is_warned_of(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", documents(30))
-    prepare(source=source, out=tmp_path / "out", shard_size=4000)
-    assert re.search(r"warning: 4,000 of [\d,]+ tokens are in the validation split: to train on more, name another "
+    prepare(source=source, out=tmp_path / "out", shard_size=2000)
+    assert re.search(r"warning: 2,000 of [\d,]+ tokens are in the validation split: to train on more, name another "
                      r"--out and --shard_size \d+\n", capsys.readouterr().err)
     prepare(source=source, out=tmp_path / "more", shard_size=400)
     assert "warning" not in capsys.readouterr().err

@@ -142,13 +142,27 @@ def test_fewer_than_two_shards_become_one_of_each_split(fits, limit, piece_bytes
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
-@pytest.mark.parametrize("fits", [True, False])
-def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(fits, limit, tmp_path, monkeypatch):
+def test_more_than_one_but_fewer_than_two_shards_are_written_again_with_a_share_for_validation(limit, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(60))
+    expected = plain(documents(60))[:limit or None]
+    given = dict(source=source, shard_size=len(expected) * 2 // 3, max_tokens=limit, **SMALL)
+    prepare(**given, out=tmp_path / "out")
+    share, size = max(len(expected) // 100, 1025), len(expected) * 2 // 3
+    parts = [np.load(tmp_path / "out" / f"a_{name}.npy") for name in ("val_000000", "train_000001", "train_000002")]
+    assert [len(part) for part in parts] == [share, size, len(expected) - share - size]
+    assert np.array_equal(np.concatenate(parts), expected)
+    prepare("--verify", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("limit", [0, 5000])
+@pytest.mark.parametrize("shards", ["one, filled", "one", "one and a half"])
+def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(shards, limit, tmp_path, monkeypatch):
     """At every write of the manifest, rename of a file and hash of a shard, which are all the steps that last."""
     texts = documents(40)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     total = limit or len(plain(texts))
-    given = dict(source=source, shard_size=total if fits else total + 9, max_tokens=limit, **SMALL)
+    size = {"one, filled": total, "one": total + 9, "one and a half": total * 2 // 3}[shards]
+    given = dict(source=source, shard_size=size, max_tokens=limit, **SMALL)
     prepare(**given, out=tmp_path / "whole")
     whole = contents(tmp_path / "whole")
 
