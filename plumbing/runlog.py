@@ -340,15 +340,16 @@ class RunLog:
         """Draw loss.png and write report.md; print the result, or how to continue, and what else to do."""
         config, took = self.config, clock(time.perf_counter() - self.started)
         if stopped:
-            has_begun = checkpoint.listing(config.out_dir)  # a branch's first steps are another run's
-            print0(f"stopped after step {step:,} of {config.max_steps:,}: the same command continues from there"
-                   if has_begun else "stopped before the first step: the same command begins again")
-            print0(f"  {screen.here(self.command)}")
+            if checkpoint.listing(config.out_dir):
+                print0(f"stopped after step {step:,} of {config.max_steps:,}: the same command continues from there")
+                print0(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir, self.command))
+            else:  # a branch's first steps are another run's
+                print0(f"stopped before the first step: the same command begins again\n  {screen.here(self.command)}")
             return
         if not self.trains:
             model = config.init_from or config.out_dir
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
-            print0("\n".join(screen.commands_to_go_on(model, config.sample_prompt)))
+            print0(screen.commands_to_go_on(model, config.sample_prompt))
             return
         if self.world.rank == 0:
             self._try("loss.png", self._draw)
@@ -359,7 +360,7 @@ class RunLog:
         print0(bold(f"{already}finished: validation loss {self.first_loss}{val_loss:.4f}{self.remark} after {step:,} "
                     f"{plural(step, 'step')} and {tokens:,} tokens{since}"))
         print0(f"  {config.out_dir} has {', '.join(files)}")
-        print0("\n".join(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir)))
+        print0(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir))
         if Path(config.data).name == "input.txt" and not self.finished:
             print0("this was a small text; for GPT-2 124M itself, on a GPU: python fineweb.py, which writes 10 billion "
                    "tokens of FineWeb-Edu to edu_fineweb10B/, then python train_gpt2.py")

@@ -81,10 +81,11 @@ def here(command: str) -> str:
     return command.replace("python train_gpt2.py", program("train_gpt2.py"), 1)
 
 
-def commands_to_go_on(model: str, prompt: str, run: str = "") -> list[str]:
-    """List lines with what to do with a model, and the run that made it."""
+def commands_to_go_on(model: str, prompt: str, run: str = "", command: str = "") -> str:
+    """Return lines with what to do with a model, with the run that made it, and the command that continues that."""
     name = shlex.quote(model)
-    commands = {"talk to it": f"{program('generate.py')} --model {name} --prompt {shlex.quote(prompt)}",
+    commands = {"go on": here(command),
+                "talk to it": f"{program('generate.py')} --model {name} --prompt {shlex.quote(prompt)}",
                 "see its curve": f"{program('plot.py')} {shlex.quote(run)}" if run else "",
                 "export it": f"{program('export_hf.py')} {name}"}
-    return [f"  {what + ':':<15}{command}" for what, command in commands.items() if command]
+    return "\n".join(f"  {what + ':':<15}{command}" for what, command in commands.items() if command)
