@@ -433,8 +433,8 @@ class Run:
         if step == 0 or self.is_due(config.val_every):
             self.val_loss = evaluate_val_loss(self.model, self.val_loader, config.val_tokens, self.world)
             self.log.val(step, self.val_loss)
-            is_best = config.keep_best and self.val_loss < self.best_val_loss
-            if is_best and self.save(name=checkpoint.BEST):
+            is_best = step > 0 and self.val_loss < self.best_val_loss
+            if config.keep_best and is_best and self.save(name=checkpoint.BEST):
                 self.best_val_loss = self.val_loss
         if self.hellaswag_examples and step > 0 and self.is_due(config.hellaswag_every):
             result = hellaswag.evaluate(self.raw_model, self.hellaswag_examples, self.world)

@@ -307,7 +307,7 @@ def stop_signal(obey: bool = True):
         for each in before:
             signal.signal(each, signal.SIG_DFL)
         if stop.at_once():
-            raise Stopped("stopped before training began: the same command starts it again")
+            raise Stopped("stopped before the first step of this session: the same command begins it again")
         with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
             os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
 
@@ -315,9 +315,11 @@ def stop_signal(obey: bool = True):
         yield stop
         return
     known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {signum: signal.signal(signum, handle) for signum in known
-              if signal.getsignal(signum) != signal.SIG_IGN}  # nohup ignores SIGHUP
+    before = {signum: signal.getsignal(signum) for signum in known}
+    before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}  # nohup: SIGHUP
     try:
+        for signum in before:
+            signal.signal(signum, handle)
         yield stop
     finally:
         for signum, handler in before.items():

@@ -412,6 +412,11 @@ def memory_bytes() -> int:
     return min(limits)
 
 
+def gpu_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that memory ran out, by its type or by one of the libraries' words for it."""
     words = ("out of memory", "allocate memory", "not enough memory", "_ALLOC_FAILED", "CUDA calloc", "CUDA malloc")

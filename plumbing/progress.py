@@ -32,9 +32,14 @@ class Progress:
     def __enter__(self):
         if is_shown():
             thread = threading.Thread(target=self.show, daemon=True)
-            with contextlib.suppress(RuntimeError):  # as many threads as this user may have: nothing is shown
+            try:
                 thread.start()
                 self.thread = thread
+            except RuntimeError:  # as many threads as this user may have: nothing is shown
+                pass
+            except BaseException:  # a signal: __exit__() will not be called
+                self.ended.set()
+                raise
         return self
 
     def __exit__(self, *error):

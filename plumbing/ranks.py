@@ -94,30 +94,44 @@ def processes(device: str = "auto", deterministic: bool = False, stop: StopFlag 
 
     PyTorch's settings of precision and determinism are afterwards what they were.
     """
-    with restored_settings():
-        yield from join_processes(device, deterministic, stop or StopFlag())
+    with restored_settings(), contextlib.ExitStack() as stack:
+        yield from join_processes(device, deterministic, stop or StopFlag(), stack)
 
 
 @contextlib.contextmanager
 def restored_settings():
-    """Put back, at the end, what processes() sets for PyTorch as a whole."""
+    """Put back, at the end, what processes() sets for PyTorch as a whole, if it has changed."""
     names = "THP_MEM_ALLOC_ENABLE", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF"
     variables = {name: os.environ.get(name) for name in names}
-    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_float32_matmul_precision(precision)
+        if before[0] != torch.are_deterministic_algorithms_enabled():  # the call imports a compiler, which takes 2 s
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         for name, value in variables.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
-def join_processes(device: str, deterministic: bool, stop: StopFlag):
-    """Yield the World of this process, which leaves the process group afterwards."""
+@contextlib.contextmanager
+def float32_as_tf32():
+    """Have CUDA multiply as TF32 what autocast leaves in float32, while the context lasts."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set precisions in PyTorch's newer way
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def join_processes(device: str, deterministic: bool, stop: StopFlag, stack: contextlib.ExitStack):
+    """Yield the World of this process, which leaves the process group afterwards; `stack` undoes settings."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for CPU tensors: 1.6 times the demo's tokens/s
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     values = [os.environ.get(name, alone) for name, alone in names.items()]
@@ -133,7 +147,7 @@ def join_processes(device: str, deterministic: bool, stop: StopFlag):
         machine.keep_freed_memory()  # 1.1 to 1.8 times the tokens/s
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        stack.enter_context(float32_as_tf32())
     if world_size > 1:
         on_cuda = device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", store=fresh_store(rank, world_size), rank=rank,

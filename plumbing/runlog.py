@@ -57,6 +57,7 @@ def command_line(config, presets: dict[str, dict], world) -> str:
 def describe_start(config, presets: dict[str, dict], world, model, state: dict | None, resuming: bool = False) -> dict:
     """Describe how a run starts: with which command, from which weights, and after which step if it is resumed."""
     return {"command": command_line(config, presets, world),
+            "source": str(state["path"] if state else config.init_from),
             "origin": run_folder.describe_origin(config, state, resuming),
             "origin_sha256": run_folder.origin_hash(config, state, resuming, model),
             "resumed_from": state["step"] if resuming else None}
@@ -146,10 +147,10 @@ class RunLog:
         """
         config, world, loaders = self.config, self.world, (train_loader, val_loader)
         print0("-" * 100)
-        for topic, text in summary.rows(config, self.model, world, loaders, about).items():
+        plan = summary.make_plan(config, self.model, loaders, about)
+        for topic, text in summary.rows(config, self.model, world, loaders, about, plan).items():
             print0(f"{topic:>8} | {text}")
         print0("-" * 100)
-        plan = summary.make_plan(config, self.model, world, loaders, about)
         for warning in summary.warnings(config, plan):
             print0(f"warning: {warning}")
         world.from_rank0(lambda: summary.check(config, plan, world, about))
@@ -161,7 +162,7 @@ class RunLog:
         evaluations those past `evaluated`. Raises UserError or OSError on every rank if that fails on rank 0.
         """
         step = -1 if about["resumed_from"] is None else about["resumed_from"]
-        self.command = about["command"]
+        self.command, self.source = about["command"], about["source"]
         self.world.from_rank0(lambda: self.open(step, evaluated))
         self.finished = self.trains and evaluated == self.config.max_steps  # it only repeats its result
         if self.world.rank == 0 and not self.finished:
@@ -347,9 +348,9 @@ class RunLog:
                 print0(f"stopped before the first step: the same command begins again\n  {screen.here(self.command)}")
             return
         if not self.trains:
-            model = config.init_from or config.out_dir
             print0(f"validation loss {val_loss:.4f}, nothing trained; written to {self.path}")
-            print0(screen.commands_to_go_on(model, config.sample_prompt))
+            if self.source:  # otherwise the weights were new
+                print0(screen.commands_to_go_on(self.source, config.sample_prompt))
             return
         if self.world.rank == 0:
             self._try("loss.png", self._draw)

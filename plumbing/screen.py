@@ -84,8 +84,9 @@ def here(command: str) -> str:
 def commands_to_go_on(model: str, prompt: str, run: str = "", command: str = "") -> str:
     """Return lines with what to do with a model, with the run that made it, and the command that continues that."""
     name = shlex.quote(model)
+    words = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
     commands = {"go on": here(command),
-                "talk to it": f"{program('generate.py')} --model {name} --prompt {shlex.quote(prompt)}",
+                "talk to it": f"{program('generate.py')} --model {name} {shlex.join(words)}",
                 "see its curve": f"{program('plot.py')} {shlex.quote(run)}" if run else "",
                 "export it": f"{program('export_hf.py')} {name}"}
     return "\n".join(f"  {what + ':':<15}{command}" for what, command in commands.items() if command)

@@ -1,9 +1,9 @@
 """What is about to run, said before it runs: size, time, warnings, and a refusal of what makes no sense here.
 
-    make_plan(config, model, world, ...)    what the run will need
-    rows(config, model, world, ...)         the summary, {topic: text}
-    warnings(config, plan)                  what is unusual
-    check(config, plan, world, about)       raises UserError if this machine cannot hold it, or finish it in a week
+    make_plan(config, model, loaders, about)    what the run will need
+    rows(config, model, world, ..., plan)       the summary, {topic: text}
+    warnings(config, plan)                      what is unusual
+    check(config, plan, world, about)           raises UserError if this machine cannot hold it, or finish it in a week
 """
 import os
 import shlex
@@ -27,14 +27,15 @@ class Plan:
     pass_bytes: int  # what one forward and backward pass keeps, per rank
 
 
-def make_plan(config, model, world, loaders: tuple, about: dict) -> Plan:
+def make_plan(config, model, loaders: tuple, about: dict) -> Plan:
     """Estimate what a run will need; `loaders` are those for training (None if it only evaluates) and validation."""
     train_loader, val_loader = loaders
     steps, epochs, validations = 0, 0.0, 1
     if train_loader:
-        steps = config.max_steps - about["first_step"]
-        epochs = config.max_steps * config.total_batch_size / (train_loader.n_windows * config.sequence_length)
-        validations = 1 + (steps // config.val_every if config.val_every else 1) if steps else 0
+        first, last = about["first_step"], config.max_steps
+        steps, epochs = last - first, last * config.total_batch_size / (train_loader.n_windows * config.sequence_length)
+        due = set(range(0, last, config.val_every)) if config.val_every else {0}
+        validations = len([step for step in due | {last} if step > first or step == first == 0]) if steps else 0
     T, shape = config.sequence_length, model.config
     val_tokens = min(config.val_tokens, val_loader.n_windows * T)
     flops = machine.flops_per_token(model, T)
@@ -44,11 +45,10 @@ def make_plan(config, model, world, loaders: tuple, about: dict) -> Plan:
                 val_seconds, 16 * model.count_parameters(), 4 * floats * config.micro_batch_size * T)
 
 
-def rows(config, model, world, loaders: tuple, about: dict) -> dict[str, str]:
+def rows(config, model, world, loaders: tuple, about: dict, plan: Plan) -> dict[str, str]:
     """Return the summary of a run, {topic: text}."""
     train_loader, val_loader = loaders
     shape, T, ranks = model.config, config.sequence_length, world.world_size
-    plan = make_plan(config, model, world, loaders, about)
     data = f"{val_loader.n_windows:,} windows of {T:,} tokens to validate"
     if train_loader:
         order = "shuffled" if config.shuffle else "in file order"
@@ -109,14 +109,16 @@ def duration(seconds: float) -> str:
 def warnings(config, plan: Plan) -> list[str]:
     """List what is unusual about a run that trains."""
     found = []
+    if not plan.steps:
+        return found
     if config.warmup_steps >= config.max_steps > 0:
         found.append(f"the warmup of {config.warmup_steps:,} steps does not end within the run: try --warmup_steps "
                      f"{config.max_steps // 10}")
     if plan.epochs > EPOCHS:
         fewer = int(config.max_steps * EPOCHS / plan.epochs)
-        found.append(f"{plan.epochs:,.1f} epochs: after {EPOCHS} a model learns texts by heart rather than from them; "
-                     f"--max_steps {max(1, fewer)} is {EPOCHS} epochs, or use more data")
-    if plan.seconds > 2 * DAY:
+        remedy = f"--max_steps {fewer} is {EPOCHS} epochs, or use more data" if fewer else "use more data"
+        found.append(f"{plan.epochs:,.1f} epochs: beyond {EPOCHS}, a model memorizes more than it learns; {remedy}")
+    if plan.seconds > 2 * DAY and (config.yes or plan.seconds <= 7 * DAY or plan.steps < config.max_steps):
         found.append(f"this takes about {duration(plan.seconds)} here")
     return found
 
@@ -124,30 +126,45 @@ def warnings(config, plan: Plan) -> list[str]:
 def check(config, plan: Plan, world, about: dict) -> None:
     """Raise UserError if this machine cannot hold a run or finish it within a week, with a command that makes sense.
 
-    --yes leaves it to the user.
+    --yes leaves it to the user. A run that is resumed was begun somewhere: it is not stopped for its length.
     """
     if config.yes or not plan.steps:
         return
-    needed = (plan.state_bytes + plan.pass_bytes) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here = machine.memory_bytes()
-    if world.device.type == "cpu" and needed > here:
-        problem = f"this run needs about {size(needed)} of memory, and this machine has {size(here)}"
-    elif plan.seconds > 7 * DAY:
+    if world.device.type == "cuda":
+        here, needed = machine.gpu_bytes(world.device), plan.state_bytes  # activations are measured there
+    else:
+        here = machine.memory_bytes()
+        needed = (plan.state_bytes + plan.pass_bytes) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if needed > here:
+        problem = f"this run needs about {size(needed)} of memory, and {world.device} has {size(here)}"
+        advice = remedy_for_memory(config, plan, world)
+    elif plan.seconds > 7 * DAY and about["resumed_from"] is None:
         problem = f"this run would take about {duration(plan.seconds)} here ({world.device.type})"
+        advice = remedy_for_time(config, plan, world, about)
     else:
         return
-    raise UserError(f"{problem}: {advise(config, plan, world, about)}, or add --yes to start it all the same")
+    raise UserError(f"{problem}: {advice}, or add --yes to start it anyway")
 
 
-def advise(config, plan: Plan, world, about: dict) -> str:
-    """Return what makes sense instead of a run that is too large for this machine."""
-    if about["resumed_from"] is not None:
-        return "continue it on a faster machine"
-    new = not (config.init_from or config.branch_from)
-    if world.device.type != "cuda" and new and plan.state_bytes > 2**28:
-        command = shlex.join(["python", "train_gpt2.py", "--preset", "demo", "--data", config.data])
-        return f"train it on a GPU, try `{command}` here, a model of 3 million parameters"
-    steps = int(config.max_steps * min(2 * DAY / plan.seconds, EPOCHS / plan.epochs))
+def demo(config) -> str:
+    """Return what to do with data on a machine that is too small for the full size."""
+    command = shlex.join(["python", "train_gpt2.py", "--preset", "demo", "--data", config.data])
+    return f"train it on a GPU, try `{command}` here, a model of 3 million parameters"
+
+
+def remedy_for_memory(config, plan: Plan, world) -> str:
+    """Return what to do about a run that needs too much memory."""
+    if plan.pass_bytes > plan.state_bytes and config.micro_batch_size > 1 and world.device.type != "cuda":
+        return "use a smaller --micro_batch_size"
+    return "use a smaller --model, or a larger GPU" if world.device.type == "cuda" else demo(config)
+
+
+def remedy_for_time(config, plan: Plan, world, about: dict) -> str:
+    """Return what to do about a run that takes too long."""
+    is_new = not (config.init_from or config.branch_from)
+    if world.device.type != "cuda" and is_new and plan.state_bytes > 2**28:
+        return demo(config)
+    steps = int(config.max_steps * min(1, 2 * DAY / plan.seconds, EPOCHS / plan.epochs))
     if steps < 1:
         return "train it on a GPU"
     return f"`{about['command']} --max_steps {steps}` takes about {duration(plan.seconds * steps / config.max_steps)}"

@@ -74,6 +74,11 @@ def stop(arguments, tmp_path, slow: str = "", sign=signal.SIGINT, script=None, w
     return code, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text().replace("here\n", "")
 
 
+def said(printed: str) -> str:
+    """The line that says where a run was stopped; commands to go on with follow."""
+    return [line for line in printed.splitlines() if line.startswith("stopped")][-1]
+
+
 @pytest.mark.parametrize("where", ["set-up", "checking shards", "the first validation", "the first step"])
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_before_the_first_step_a_signal_ends_the_run_at_once_and_leaves_no_checkpoint(
@@ -84,9 +89,9 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once_and_leaves_no_check
                                  getattr(signal, sign))
     assert (code, errors) == (0, ""), errors
     begun = where.startswith("the first")
-    assert printed.splitlines()[-1] == (
+    assert said(printed) == (
         "stopped before the first step: the same command begins again" if begun else
-        "stopped before training began: the same command starts it again")
+        "stopped before the first step of this session: the same command begins it again")
     assert not list(tmp_path.glob("out/*.pt*")) and printed.count("stopped") == 1
     assert begun or not (tmp_path / "out").exists()  # the lock is given back
     again = run(flags(data=shard_folder, out_dir="out", max_steps=2), cwd=tmp_path)
@@ -104,9 +109,9 @@ def test_a_resumed_run_that_is_stopped_before_its_next_step_writes_no_checkpoint
     changes = {"val_every": 2} if where == "the first validation" else {}
     code, printed, errors = stop(flags(data=shard_folder, out_dir="out", **changes), tmp_path, SLOW[where])
     assert (code, errors) == (0, ""), errors
-    assert printed.splitlines()[-1] == (
+    assert said(printed) == (
         "stopped after step 4 of 6: the same command continues from there" if where.startswith("the first") else
-        "stopped before training began: the same command starts it again")
+        "stopped before the first step of this session: the same command begins it again")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.pt")} == before
 
 
@@ -120,7 +125,7 @@ def test_an_evaluation_after_a_step_is_left_at_its_next_token_or_example(where, 
     arguments = flags(data=shard_folder, out_dir="out", **changes)
     code, printed, errors = stop(arguments, tmp_path, SLOW[where], signal.SIGTERM)
     assert code == 0 and "stopping after what is under way" in errors, errors
-    assert printed.splitlines()[-1] == "stopped after step 2 of 6: the same command continues from there"
+    assert said(printed) == "stopped after step 2 of 6: the same command continues from there"
     assert run(arguments, cwd=tmp_path).returncode == 0
     kind = {"HellaSwag": "hellaswag", "a sample": "sample"}[where]
     from conftest import read_log
@@ -140,7 +145,7 @@ def test_compiling_is_left_at_once(where, shard_folder, tmp_path):
             "torch.compile = functools.partial(torch.compile, backend=backend)\n")
     code, printed, errors = stop(flags(data=shard_folder, out_dir="out", compile=True), tmp_path, slow)
     assert (code, errors) == (0, ""), errors
-    assert "the same command" in printed.splitlines()[-1] and not list(tmp_path.glob("out/*.pt*"))
+    assert "the same command" in said(printed) and not list(tmp_path.glob("out/*.pt*"))
 
 
 @needs(*ENCODING)
@@ -150,7 +155,7 @@ def test_tokenizing_is_left_at_once(size, tmp_path):
     slow = "import plumbing.tokenizer\nslow(plumbing.tokenizer, 'gpt2_encoding', 60, calls=3)"
     code, printed, errors = stop(flags(data="x.txt", out_dir="out"), tmp_path, slow)
     assert code == 0 and "Traceback" not in errors, errors
-    assert printed.splitlines()[-1] == "stopped before training began: the same command starts it again"
+    assert said(printed) == "stopped before the first step of this session: the same command begins it again"
     assert not list(tmp_path.glob("out/tokens*"))
 
 
@@ -174,9 +179,9 @@ def test_a_download_is_left_at_once(script, code, shard_folder, tmp_path):
                            f"runpy.run_path({str(ROOT / script) + '.py'!r}, run_name='__main__')\n")
         got, printed, errors = stop(arguments, tmp_path, script=starter, **environment)
         assert got == code, errors
-        last = (printed if code == 0 else errors).splitlines()[-1]
-        assert last == ("stopped before training began: the same command starts it again" if code == 0 else
-                        "error: interrupted")
+        last = said(printed) if code == 0 else errors.splitlines()[-1]
+        begins = "stopped before the first step of this session: the same command begins it again"
+        assert last == (begins if code == 0 else "error: interrupted")
         assert not (tmp_path / "out").exists()
 
 
@@ -222,5 +227,5 @@ def test_several_ranks_agree_as_before_and_leave_no_checkpoint_of_step_0(shard_f
                       "cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))\n")
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), 2, script=script)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "stopped before the first step: the same command begins again"
+    assert said(result.stdout) == "stopped before the first step: the same command begins again"
     assert not list((tmp_path / "out").glob("*.pt*"))

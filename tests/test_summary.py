@@ -15,7 +15,6 @@ from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
 import train_gpt2
 from plumbing import cli, machine, screen, summary
 from plumbing.cli import UserError
-from plumbing.ranks import World
 from train_gpt2 import PRESETS, TrainConfig, parse_args
 
 
@@ -31,7 +30,7 @@ def plan_of(config: TrainConfig, n_windows: int, n_val: int, flops_per_s: float,
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=50304))
     about = {"flops_per_s": flops_per_s, "first_step": first_step}
-    return summary.make_plan(config, model, World(), (Windows(n_windows), Windows(n_val)), about)
+    return summary.make_plan(config, model, (Windows(n_windows), Windows(n_val)), about)
 
 
 def train(**changes) -> float:
@@ -46,12 +45,12 @@ def slow_machine(monkeypatch):
 
 
 def test_the_estimate_counts_operations_as_the_papers_do():
-    """10 billion tokens at 6N + 12LCT operations, and a third of that per token of 77 validations."""
+    """10 billion tokens at 6N + 12LCT operations, and a third of that per token of 78 validations."""
     config = TrainConfig(micro_batch_size=4)
     plan = plan_of(config, n_windows=9_765_625, n_val=97_656, flops_per_s=4e14)
     N = 12 * (12 * 768**2 + 13 * 768) + 50304 * 768 + 2 * 768
     per_token = 6 * N + 12 * 12 * 768 * 1024
-    tokens, validated = 19073 * 524288, (1 + 19073 // 250) * 10485760
+    tokens, validated = 19073 * 524288, (1 + 19073 // 250 + 1) * 10485760
     assert plan.seconds == pytest.approx(per_token * (tokens + validated / 3) / 4e14, rel=1e-9)
     assert plan.val_seconds / plan.seconds == pytest.approx(validated / 3 / (tokens + validated / 3))
     assert plan.epochs == pytest.approx(tokens / (9_765_625 * 1024))
@@ -69,7 +68,8 @@ def test_a_run_that_goes_on_counts_only_what_is_left():
 @pytest.mark.parametrize("changes, warning", [
     ({"max_steps": 700}, "the warmup of 715 steps does not end within the run: try --warmup_steps 70"),
     ({"max_steps": 19073, "n_windows": 4_000_000}, ""), ({"n_windows": 2_400_000}, "4.1 epochs"),
-    ({"n_windows": 100, "max_steps": 800}, "--max_steps 1 is 4 epochs"), ({"flops_per_s": 4e13}, "about 2.5 days")])
+    ({"n_windows": 100, "max_steps": 800}, "4,096.0 epochs: beyond 4, a model memorizes"),
+    ({"n_windows": 2000, "max_steps": 800}, "--max_steps 15 is 4 epochs"), ({"flops_per_s": 4e13}, "about 2.5 days")])
 def test_what_is_unusual_is_a_warning(changes, warning):
     values = {"n_windows": 9_765_625, "n_val": 1, "flops_per_s": 4e14} | {
         key: value for key, value in changes.items() if key != "max_steps"}
@@ -95,15 +95,30 @@ def test_a_run_of_more_than_a_week_is_refused_and_yes_starts_it(shard_folder, tm
     train(**changes)  # it is finished: nothing is refused
 
 
-def test_a_started_run_is_told_to_go_on_elsewhere(shard_folder, tmp_path, monkeypatch):
+def test_a_started_run_is_not_stopped_for_its_length_but_warned(shard_folder, tmp_path, monkeypatch, capsys):
     changes = dict(data=shard_folder, out_dir=tmp_path / "out")
-    monkeypatch.setattr(train_gpt2.RunLog, "val", lambda log, step, *_, **__: step == 3 and signal.raise_signal(
-        signal.SIGTERM))
-    with pytest.raises(cli.Stopped):
+    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+        patch.setattr(train_gpt2.RunLog, "val", lambda log, step, *_, **__: step == 3 and signal.raise_signal(
+            signal.SIGTERM))
         train(**changes)
     monkeypatch.setattr(machine, "measured_peak", lambda *_, **__: 1.0)
-    with pytest.raises(UserError, match="continue it on a faster machine"):
-        train(**changes)
+    capsys.readouterr()
+    train(**changes)
+    assert re.search("warning: this takes about .* years here", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("val_every", [0, 4, 5, 100])
+def test_the_validations_that_are_counted_are_those_of_the_run(val_every, shard_folder, tmp_path):
+    changes = dict(data=shard_folder, out_dir=tmp_path, max_steps=8, val_every=val_every)
+    train(**changes)
+    logged = [line["step"] for line in read_log(tmp_path, "val")]
+    config = replace(parse_args(flags(**changes)), micro_batch_size=4)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(16, 50304, 2, 2, 16))
+    one = 9 * 16 * machine.flops_per_token(model, 16) / 3
+    for first in (0, 3, 4):
+        about = {"flops_per_s": 1, "first_step": first}
+        plan = summary.make_plan(config, model, (Windows(9), Windows(9)), about)
+        assert round(plan.val_seconds / one) == len([step for step in logged if step > first or first == 0])
 
 
 @needs(*ENCODING)
@@ -112,7 +127,7 @@ def test_a_full_size_run_on_a_cpu_names_a_command_that_works_there(tmp_path):
     write_shards(tmp_path / "my shards", val=3000, train=(9000,))
     refused = run(["--data", "my shards", "--device", "cpu"], cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-    assert "epochs: after 4 a model learns texts by heart" in refused.stdout
+    assert "epochs: beyond 4, a model memorizes more than it learns" in refused.stdout
     program, _script, *words = shlex.split(re.search(r"`(python .*?)`", refused.stderr)[1])
     assert program == "python" and words == ["--preset", "demo", "--data", "my shards"]
     result = run([*words, "--max_steps", "3", "--warmup_steps", "1", "--device", "cpu"], cwd=tmp_path)
@@ -123,7 +138,7 @@ def test_a_full_size_run_on_a_cpu_names_a_command_that_works_there(tmp_path):
 def test_a_run_that_memory_cannot_hold_is_refused(shard_folder, tmp_path, monkeypatch):
     model = train_gpt2.GPT(train_gpt2.GPTConfig(16, 50304, 2, 2, 16))
     monkeypatch.setattr(machine, "memory_bytes", lambda *_, **__: 8 * model.count_parameters())
-    with pytest.raises(UserError, match=r"needs about \d+ MiB of memory, and this machine has 6 MiB: .*--yes"):
+    with pytest.raises(UserError, match=r"needs about \d+ MiB of memory, and cpu has 6 MiB: .*--yes"):
         train(data=shard_folder, out_dir=tmp_path / "out")
 
 
@@ -155,7 +170,7 @@ print((peak() - before) * 1024)
     config = TrainConfig(micro_batch_size=1, sequence_length=512)
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(512, 50304, 6, 4, 256))
-    plan = summary.make_plan(config, model, World(), (Windows(9), Windows(9)), {"flops_per_s": 1, "first_step": 0})
+    plan = summary.make_plan(config, model, (Windows(9), Windows(9)), {"flops_per_s": 1, "first_step": 0})
     assert 0.6 < (plan.state_bytes + plan.pass_bytes) / measured < 1.7
 
 
