@@ -45,7 +45,7 @@ class GenerateConfig:
     max_new_tokens: Annotated[int, Range(1, 1_000_000)] = 200  # tokens per sample, at most
     interactive: bool = False  # ask for prompts, each independent of those before it, until Ctrl-D
     # Sampling
-    temperature: float = 1.0  # randomness: 0 takes the most likely token, 1 samples as the model predicts
+    temperature: Annotated[float, Range(0, 1000)] = 1.0  # 0: the most likely token, 1: as the model predicts
     top_k: Annotated[int, Range(0, 2**31 - 1)] = 50  # most likely tokens to draw from (0: all)
     top_p: Annotated[float, Range(0, 1)] = 1.0  # total probability of the most likely tokens to draw from (1: all)
     seed: Annotated[int, Range(0, 2**63 - 1)] = 42  # seed for the draws

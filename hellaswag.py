@@ -380,8 +380,9 @@ def main(argv: list[str]) -> None:
         examples = load_examples(config.split, config.data, config.limit, config.style, world)
         dtype, why = machine.pick_dtype(config.dtype, world.device)
         if world.rank == 0:
-            print(f"{config.model} on {len(examples):,} examples of {config.data or f'the {config.split} split'}, "
-                  f"{config.style} style; {machine.describe_device(world.device)}, "
+            count = f"{len(examples):,} {cli.plural(len(examples), 'example')}"
+            print(f"{config.model} on {count} of {config.data or f'the {config.split} split'}, {config.style} style; "
+                  f"{machine.describe_device(world.device)}, "
                   f"{cli.reasoned(str(dtype).removeprefix('torch.'), why)}", flush=True)
         world = dataclasses.replace(world, autocast=machine.autocast(dtype, world.device))
         result = evaluate(model, examples, world, config.batch_tokens, config.style)

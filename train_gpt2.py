@@ -568,7 +568,7 @@ def defaults_for(flags: dict) -> dict:
         data = str(here if here.exists() else Path(__file__).with_name("input.txt"))
     preset = preset or ("demo" if Path(data).is_file() else "gpt2")
     defaults = PRESETS[preset] | {"data": data, "preset": preset}
-    if preset == "demo" and Path(data).name != "input.txt":
+    if Path(data).name not in (TrainConfig.data, "input.txt"):  # data of your own
         defaults["out_dir"] = f"log/{Path(data).resolve().stem}"
     return defaults
 

@@ -309,7 +309,7 @@ def stop_signal(obey: bool = True):
         if stop.at_once():
             raise Stopped("stopped before the first step of this session: the same command begins it again")
         with contextlib.suppress(OSError):  # the terminal may be gone; and print is not safe in a handler
-            os.write(2, b"\nstopping after what is under way (once more to stop at once)\n")
+            os.write(2, b"\nstopping after what is under way (once more to stop at once and lose it)\n")
 
     if not obey or threading.current_thread() is not threading.main_thread():
         yield stop

@@ -51,6 +51,8 @@ def clean(line: dict) -> dict:
     if line["kind"] == "run":
         parts = ("config", "data", "model", "versions")
         return {**line, **{key: line[key] if isinstance(line.get(key), dict) else {} for key in parts}}
+    if line["kind"] == "sample":
+        return {**line, "step": int(line["step"]), "text": str(line["text"])}
     if line["kind"] not in ("train", "val", "hellaswag") or not 0 <= line["step"] < 2**53:
         raise ValueError("not a line of numbers")
     numbers = {key: value if isinstance(value, (int, float)) and abs(value) < 1e30 else None

@@ -172,7 +172,7 @@ def hint_for_word(word: str, argv: list[str], known: list[str]) -> str:
         return f"did you mean --{word}{'' if '=' in word else ' ...'}?"
     if word.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0") and before in known:
         return f"{before} takes no value: write {before} or --no-{before.removeprefix('--no-').lstrip('-')}"
-    if flag in known and not before.startswith("-"):
+    if flag in known and place >= 2 and not before.startswith("-"):
         return f"{flag} takes one value, in quotes if it has spaces"
     main = "--prompt" if " " in word and "--prompt" in known else next(flag for flag in known if flag != "--preset")
     return f"did you mean {main} {word!r}?" if " " in word else f"did you mean {main} {word}?"

@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -270,6 +271,8 @@ def check_settings(config) -> None:
     """Raise UserError if a setting of a TrainConfig has a wrong value, or contradicts another one."""
     check_values(config)
     require(config, "min_lr", config.min_lr <= config.max_lr, f"at most max_lr, {config.max_lr}")
+    ends = config.warmup_steps <= config.max_steps or not (config.decay_steps and config.max_steps)
+    require(config, "warmup_steps", ends, f"at most max_steps, {config.max_steps}, to use --decay_steps")
     most = max(0, config.max_steps - config.warmup_steps)
     fits = config.decay_steps <= most or config.max_steps == 0
     require(config, "decay_steps", fits, f"at most max_steps - warmup_steps, {most}")
@@ -472,8 +475,13 @@ def describe_device(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes, and the commit of this code if it is a git checkout of its own."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(Path(__file__).parents[1])}
+    """Return the versions of what computes: of Python, PyTorch and this code.
+
+    The commit is known if this is a git checkout of its own; `script` is the beginning of train_gpt2.py's sha256.
+    """
+    folder = Path(__file__).parents[1]
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit(folder),
+            "script": hashlib.sha256((folder / "train_gpt2.py").read_bytes()).hexdigest()[:12]}
 
 
 def commit(folder: Path) -> str:

@@ -220,7 +220,8 @@ def verify(folder, progress=lambda bytes: None) -> tuple[int, int]:
     if any(folder.glob("progress*.json")) or not any(folder.glob("manifest*.json")):
         others = sorted(path.parent for path in folder.parent.glob("*/manifest*.json") if not folder.exists())
         hint = f"; did you mean --out {shlex.quote(str(others[0]))}?" if others else ""
-        raise DataError(f"{folder} is not finished: run the command that makes it again{hint}")
+        state = "is not finished" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {state}: run the command that makes it again{hint}")
     records = [read_record(path) for path in sorted(folder.glob("manifest*.json"))]
     shards = {shard["name"]: shard for record in records for shard in record["shards"]}
     nodes = {record["node_rank"] for record in records}

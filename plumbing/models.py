@@ -36,8 +36,8 @@ def or_newest(config, how: str = "--model gpt2"):
             return dataclasses.replace(config, model=str(folder))
     begun = runs or newest.newest_first("log.jsonl")
     there = f" ({begun[0]} has none that is whole)" if begun else ""
-    raise UserError(f"no run below {newest.ROOT}/ has a checkpoint{there}: train one first, python train_gpt2.py, or "
-                    f"name a model, such as {how}")
+    raise UserError(f"no run below {os.path.abspath(newest.ROOT)} has a checkpoint{there}: train one first, python "
+                    f"train_gpt2.py, or name a model, such as {how}")
 
 
 def newest_readable(folder: Path) -> Path | None:

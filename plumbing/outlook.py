@@ -117,18 +117,16 @@ def print_finished(config, manifest: Manifest, before: int = 0, seconds: float =
         return
     warn_of_size(config, manifest.shards, tokens)
     if tokens >= TOO_FEW and shards > 1:
-        print0(f"train on it: {training_command(config, manifest.prefix, tokens)}")
+        print0(f"train on it: {training_command(config, tokens)}")
 
 
-def training_command(config, prefix: str, tokens: int) -> str:
+def training_command(config, tokens: int) -> str:
     """Return the command that trains on the shards in --out."""
     words = ["python", "train_gpt2.py"]
     if config.out != FOLDER or tokens < FEW:
         words += ["--data", str(config.out)]
     if tokens < FEW:
         words += ["--preset", "demo"]
-    if len(words) > 2:
-        words += ["--out_dir", f"log/{prefix or Path(config.out).name}"]
     return shlex.join(words)
 
 

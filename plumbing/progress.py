@@ -86,7 +86,8 @@ class Progress:
 
 def track(items, what: str, unit: str):
     """Yield the items and show how many have been dealt with, of all if their number is known."""
-    with counted(what, len(items) if hasattr(items, "__len__") else None, unit) as count:
+    total = len(items) if hasattr(items, "__len__") else None
+    with counted(what, total, unit if total != 1 else "") as count:  # of a single one there is nothing to count
         for item in items:
             yield item
             count()

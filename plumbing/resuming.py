@@ -148,6 +148,9 @@ def check_source(config, encode, files: list[File], manifest: Manifest) -> bool:
     in_part = (position.row, position.offset) != (0, 0)
     if same < position.file or (same == position.file and in_part and not (
             same < len(files) and begins_as_read(config, encode, files, manifest))):
+        if manifest.values.get("source") != config.source:
+            raise UserError(f"{config.out} was made from {manifest.values.get('source')}, not from {config.source}: "
+                            "choose another --out")
         changed = [*known[same:same + 1], ["a file"]][0][0]
         raise UserError(f"{config.source} is not what {config.out} was begun with: rows of {changed} that have been "
                         "read have changed since: restore it, or choose another --out")

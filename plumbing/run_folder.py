@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import shlex
 from pathlib import Path
 
 from plumbing import checkpoint, files, models, published
@@ -66,8 +67,10 @@ def to_evaluate(config, world) -> dict | None:
         raise UserError(f"no checkpoint in {config.out_dir}: name a run's --out_dir, or --init_from")
     if state and config.init_from not in ("", state["train_config"].get("init_from")):
         return None
-    if state and state["train_config"].get("data") != config.data:
-        print0(f"note: the run was trained on {state['train_config'].get('data')}, this evaluates on {config.data}")
+    for name, use in (("data", "trained on"), ("val_tokens", "validated with"), ("sequence_length", "trained with")):
+        before, now = (state or {}).get("train_config", {}).get(name), getattr(config, name)
+        if before not in (None, now):
+            print0(f"note: the run was {use} --{name} {before}, this evaluates with --{name} {now}")
     return state
 
 
@@ -135,11 +138,24 @@ def check_same_experiment(config, state: dict, free: set[str], path) -> None:
         if name == "branch_from" and before == "":
             raise UserError(f"{Path(path).parent} already holds a run: choose another --out_dir for the branch")
         given = "(empty)" if value == "" else value
-        remedy = f"continue with --{name} {before}, or choose another --out_dir for a new run"
-        if name == "max_steps" and not config.branch_from:
+        if config.branch_from:
+            raise UserError(f"a branch keeps the model, data and batch of its run: add {flags_of(config, state, free)}")
+        remedy = f"continue with {flags_of(config, state, free)}, or choose another --out_dir for a new run"
+        if name == "max_steps":
             remedy = (f"continue with --{name} {before}; to train longer, or under another schedule, use --branch_from "
                       f"{path} and another --out_dir")
         raise UserError(f"the run of {path} has --{name} {before}, not {given}: {remedy}")
+
+
+def flags_of(config, state: dict, fixed_but: set[str]) -> str:
+    """Return the flags that a command lacks for the settings of a checkpoint, but for those that may differ."""
+    before, words = state["train_config"], []
+    for field in dataclasses.fields(config):
+        name, value = field.name, before.get(field.name, field.default)
+        if name in fixed_but or value == getattr(config, name) or (name == "dtype" and config.dtype == "auto"):
+            continue
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def check_settings(config, state: dict, path) -> None:

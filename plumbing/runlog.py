@@ -137,6 +137,7 @@ class RunLog:
         self.tracker = None
         self.first_loss, self.remark = "", ""  # before training; on the final loss, if it is the demo's
         self.finished = False  # whether the run was so before it began
+        self.script = ""  # hash of train_gpt2.py in the session before
         self.path = Path(config.out_dir) / ("log.jsonl" if self.trains else "eval.jsonl")
 
     def print_summary(self, train_loader, val_loader, about: dict) -> None:
@@ -151,7 +152,7 @@ class RunLog:
         for topic, text in summary.rows(config, self.model, world, loaders, about, plan).items():
             print0(f"{topic:>8} | {text}")
         print0("-" * 100)
-        for warning in summary.warnings(config, plan):
+        for warning in summary.warnings(config, plan, world):
             print0(f"warning: {warning}")
         world.from_rank0(lambda: summary.check(config, plan, world, about))
 
@@ -198,8 +199,11 @@ class RunLog:
 
     def write_run(self, about: dict[str, str], val_loader) -> None:
         """Append the line that tells what runs: settings, versions, device, data, and whether the model is GPT-2."""
+        versions = machine.versions()
+        if self.script not in ("", versions["script"]):
+            print0("note: train_gpt2.py has changed since this run's last session; it goes on with the new code")
         data = shards.describe(self.config.data, val_loader.shards, self.config.val_tokens)
-        self.write("run", config=dataclasses.asdict(self.config), versions=machine.versions(),
+        self.write("run", config=dataclasses.asdict(self.config), versions=versions,
                    device=machine.describe_device(self.world.device), origin=about["origin"],
                    ranks=self.world.world_size, command=about["command"],
                    model=dataclasses.asdict(self.model.config), data=data, gpt2=reference.is_gpt2(self.model))
@@ -214,6 +218,8 @@ class RunLog:
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 values = json.loads(line)
+                if values.get("kind") == "run" and isinstance(values.get("versions"), dict):
+                    self.script = values["versions"].get("script", "")
                 last = step if values.get("kind") == "train" else evaluated
                 if values.get("step", last) <= last:
                     kept.append(line + b"\n")
@@ -342,7 +348,8 @@ class RunLog:
         config, took = self.config, clock(time.perf_counter() - self.started)
         if stopped:
             if checkpoint.listing(config.out_dir):
-                print0(f"stopped after step {step:,} of {config.max_steps:,}: the same command continues from there")
+                there = "continues from there" if step < config.max_steps else "does the last evaluation"
+                print0(f"stopped after step {step:,} of {config.max_steps:,}: the same command {there}")
                 print0(screen.commands_to_go_on(config.out_dir, config.sample_prompt, config.out_dir, self.command))
             else:  # a branch's first steps are another run's
                 print0(f"stopped before the first step: the same command begins again\n  {screen.here(self.command)}")

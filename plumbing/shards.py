@@ -46,7 +46,8 @@ def open_tokens(data, split: str, out_dir="", world=None) -> list[tuple[str, np.
     if data.exists() and not data.is_dir():
         raise DataError(f"{str(data)!r} is neither a folder nor a file that can be read again: save its text as a file")
     if not data.is_dir():
-        raise DataError(f"no data {str(data)!r}: --data takes a folder of token shards or a text file")
+        make = "python fineweb.py makes it; " if str(data) == "edu_fineweb10B" else ""
+        raise DataError(f"no data {str(data)!r}: {make}--data takes a folder of token shards or a text file")
     if unfinished := next(data.glob("progress*.json"), None):
         raise DataError(f"the shards in {str(data)!r} are not all there: run the same fineweb.py command again, "
                         f"or delete {unfinished.name} to train on those that are")
@@ -148,8 +149,9 @@ def fingerprint(train_loader, val_loader) -> dict:
 def check_same(state: dict, train_loader, val_loader) -> None:
     """Raise DataError if the data are not those of a checkpoint's fingerprint; older ones lack some hashes."""
     before, now = state["data"], fingerprint(train_loader, val_loader)
-    remedy = (f"--data was {state['train_config'].get('data')}: restore it, or choose another --out_dir for a new run "
-              "without --branch_from")
+    branch = " without --branch_from" if state["train_config"].get("branch_from") else ""
+    remedy = (f"--data was {state['train_config'].get('data')}: restore it, or choose another --out_dir for a new run"
+              f"{branch}")
     if before.get("n_windows") not in (None, now["n_windows"]):
         raise DataError(f"the data have {now['n_windows']} windows to train on, they had {before['n_windows']} when "
                         f"the run began: {remedy}")

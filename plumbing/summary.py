@@ -9,7 +9,7 @@ import os
 import shlex
 from dataclasses import dataclass
 
-from plumbing import machine, shards
+from plumbing import machine, screen, shards
 from plumbing.cli import UserError, plural, reasoned
 
 EPOCHS = 4  # up to here repeated data are worth almost as much as new ones (Muennighoff et al. 2023)
@@ -60,7 +60,8 @@ def rows(config, model, world, loaders: tuple, about: dict, plan: Plan) -> dict[
         "device": machine.describe_device(world.device),
         "dtype": reasoned(config.dtype, about["dtype"]),
         "compile": reasoned("yes" if config.compile else "no", about["compile"]),
-        "model": f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, vocabulary of "
+        "model": f"{shape.n_layer} {plural(shape.n_layer, 'layer')}, {shape.n_head} {plural(shape.n_head, 'head')}, "
+                 f"{shape.n_embd} {plural(shape.n_embd, 'channel')}, vocabulary of "
                  f"{shape.vocab_size:,}: {model.count_parameters():,} parameters, {about['origin']}",
         "data": f"{config.data}: {data}",
     }
@@ -71,15 +72,14 @@ def rows(config, model, world, loaders: tuple, about: dict, plan: Plan) -> dict[
             "batch": f"{config.total_batch_size:,} = {config.micro_batch_size} x {T:,} x {ranks} "
                      f"{plural(ranks, 'rank')} x {micro_steps} {plural(micro_steps, 'micro-step')}",
             "schedule": f"{config.max_steps:,} {plural(config.max_steps, 'step')}, "
-                        f"{config.max_steps * config.total_batch_size:,} tokens = {plan.epochs:.2f} epochs",
+                        f"{config.max_steps * config.total_batch_size:,} tokens = {plan.epochs:,.2f} epochs",
             "learning": f"{config.optimizer}, rate {config.max_lr:g} -> {config.min_lr:g} ({config.decay}{last}) after "
                         f"{config.warmup_steps:,} {plural(config.warmup_steps, 'step')} of warmup",
             "memory": describe_memory(plan, world),
         }
     if train_loader is None or plan.steps:
         share = f", {plan.val_seconds / plan.seconds:.0%} of it validation" if train_loader else ""
-        result["time"] = (f"about {duration(plan.seconds)}{share}, if {machine.ASSUMED_SHARE:.0%} of the peak speed is "
-                          "reached")
+        result["time"] = f"about {duration(plan.seconds)} of computing{share}; a rough estimate"
     return result | ({"output": config.out_dir} if train_loader else {})
 
 
@@ -106,7 +106,7 @@ def duration(seconds: float) -> str:
     return f"{max(1, round(seconds))} {plural(max(1, round(seconds)), 'second')}"
 
 
-def warnings(config, plan: Plan) -> list[str]:
+def warnings(config, plan: Plan, world) -> list[str]:
     """List what is unusual about a run that trains."""
     found = []
     if not plan.steps:
@@ -116,10 +116,14 @@ def warnings(config, plan: Plan) -> list[str]:
                      f"{config.max_steps // 10}")
     if plan.epochs > EPOCHS:
         fewer = int(config.max_steps * EPOCHS / plan.epochs)
-        remedy = f"--max_steps {fewer} is {EPOCHS} epochs, or use more data" if fewer else "use more data"
+        remedy = "use more data, or a smaller --total_batch_size"
+        if fewer:
+            remedy = f"--max_steps {fewer} is {EPOCHS} epochs, or use more data"
         found.append(f"{plan.epochs:,.1f} epochs: beyond {EPOCHS}, a model memorizes more than it learns; {remedy}")
     if plan.seconds > 2 * DAY and (config.yes or plan.seconds <= 7 * DAY or plan.steps < config.max_steps):
         found.append(f"this takes about {duration(plan.seconds)} here")
+    elif world.device.type != "cuda" and is_large(config, plan) and 600 < plan.seconds <= 7 * DAY:
+        found.append(f"this model is large for {world.device.type}: {demo(config)}")
     return found
 
 
@@ -148,8 +152,13 @@ def check(config, plan: Plan, world, about: dict) -> None:
 
 def demo(config) -> str:
     """Return what to do with data on a machine that is too small for the full size."""
-    command = shlex.join(["python", "train_gpt2.py", "--preset", "demo", "--data", config.data])
-    return f"train it on a GPU, try `{command}` here, a model of 3 million parameters"
+    command = screen.here(shlex.join(["python", "train_gpt2.py", "--preset", "demo", "--data", config.data]))
+    return f"train it on a GPU, or try `{command}` here, a model of 3 million parameters"
+
+
+def is_large(config, plan: Plan) -> bool:
+    """Return whether a new model is much larger than the demo's."""
+    return plan.state_bytes > 2**28 and not (config.init_from or config.branch_from)
 
 
 def remedy_for_memory(config, plan: Plan, world) -> str:
@@ -161,10 +170,10 @@ def remedy_for_memory(config, plan: Plan, world) -> str:
 
 def remedy_for_time(config, plan: Plan, world, about: dict) -> str:
     """Return what to do about a run that takes too long."""
-    is_new = not (config.init_from or config.branch_from)
-    if world.device.type != "cuda" and is_new and plan.state_bytes > 2**28:
+    if world.device.type != "cuda" and is_large(config, plan):
         return demo(config)
     steps = int(config.max_steps * min(1, 2 * DAY / plan.seconds, EPOCHS / plan.epochs))
     if steps < 1:
         return "train it on a GPU"
-    return f"`{about['command']} --max_steps {steps}` takes about {duration(plan.seconds * steps / config.max_steps)}"
+    shorter = duration(plan.seconds * steps / config.max_steps)
+    return f"`{screen.here(about['command'])} --max_steps {steps}` takes about {shorter}"

@@ -71,7 +71,7 @@ def test_shards_of_one_s_own_have_the_source_s_name_and_training_takes_them(tmp_
     prepare(source="train_texts", **SMALL)
     assert sorted(contents("texts_shards")) == ["manifest.json", "texts_train_000001.npy", "texts_val_000000.npy"]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "train on it: python train_gpt2.py --data texts_shards --preset demo --out_dir log/texts"
+    assert last == "train on it: python train_gpt2.py --data texts_shards --preset demo"
     words = last.removeprefix("train on it: python train_gpt2.py ").split()
     result = run([*words, *flags(out_dir=None)], cwd=tmp_path)
     assert result.returncode == 0 and (tmp_path / "log" / "texts" / "model_000006.pt").exists(), result.stderr

@@ -15,7 +15,10 @@ from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
 import train_gpt2
 from plumbing import cli, machine, screen, summary
 from plumbing.cli import UserError
+from plumbing.ranks import World
 from train_gpt2 import PRESETS, TrainConfig, parse_args
+
+GPU = World(device=torch.device("cuda"))  # which no test here touches
 
 
 class Windows:
@@ -74,15 +77,22 @@ def test_what_is_unusual_is_a_warning(changes, warning):
     values = {"n_windows": 9_765_625, "n_val": 1, "flops_per_s": 4e14} | {
         key: value for key, value in changes.items() if key != "max_steps"}
     config = TrainConfig(micro_batch_size=4, max_steps=changes.get("max_steps", 19073))
-    found = summary.warnings(config, plan_of(config, **values))
+    found = summary.warnings(config, plan_of(config, **values), GPU)
     assert not found if not warning else len(found) == 1 and warning in found[0]
 
 
 def test_the_suggested_number_of_steps_is_free_of_the_warning():
     config = TrainConfig(micro_batch_size=4, warmup_steps=0)
-    (warning,) = summary.warnings(config, plan_of(config, 100_000, 1, 4e14))
+    (warning,) = summary.warnings(config, plan_of(config, 100_000, 1, 4e14), GPU)
     fewer = replace(config, max_steps=int(re.search(r"--max_steps (\d+)", warning)[1]))
-    assert not summary.warnings(fewer, plan_of(fewer, 100_000, 1, 4e14))
+    assert not summary.warnings(fewer, plan_of(fewer, 100_000, 1, 4e14), GPU)
+
+
+def test_a_large_model_on_a_cpu_is_told_of_the_small_one():
+    config = TrainConfig(micro_batch_size=4, max_steps=2, warmup_steps=1)
+    (warning,) = summary.warnings(config, plan_of(config, 10**6, 9, 1e11), World())
+    assert "this model is large for cpu" in warning and "--preset demo --data edu_fineweb10B" in warning
+    assert not summary.warnings(config, plan_of(config, 10**6, 9, 1e11), GPU)
 
 
 def test_a_run_of_more_than_a_week_is_refused_and_yes_starts_it(shard_folder, tmp_path, slow_machine):
@@ -259,6 +269,32 @@ def test_an_own_text_or_folder_gets_a_run_folder_of_its_own(tmp_path, monkeypatc
     assert parse_args(["--data", "my.txt"]).out_dir == "log/my"
     assert parse_args(["--data", "shards.d/", "--preset", "demo"]).out_dir == "log/shards"
     assert parse_args(["--data", "my.txt", "--out_dir", "x"]).out_dir == "x"
-    assert parse_args(["--data", "shards.d"]).out_dir == "log"
-    assert parse_args(["--data", "my.txt", "--preset", "gpt2"]).out_dir == "log"
+    assert parse_args(["--data", "shards.d"]).out_dir == "log/shards"
+    assert parse_args(["--data", "my.txt", "--preset", "gpt2"]).out_dir == "log/my"
+    assert parse_args(["--data", "edu_fineweb10B"]).out_dir == parse_args(["--preset", "gpt2"]).out_dir == "log"
     assert parse_args([]).out_dir == parse_args(["--data", "input.txt"]).out_dir == PRESETS["demo"]["out_dir"]
+
+
+def test_a_change_of_the_script_is_told_when_a_run_goes_on(shard_folder, tmp_path, monkeypatch, capsys):
+    changes = dict(data=shard_folder, out_dir=tmp_path / "out")
+    for script in ("a", "a", "b"):
+        with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+            patch.setattr(machine, "versions", lambda *_, script=script, **__: {"script": script})
+            patch.setattr(train_gpt2.RunLog, "train", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            train(**changes)
+        assert ("train_gpt2.py has changed" in capsys.readouterr().out) == (script == "b")
+
+
+def test_all_flags_that_a_command_lacks_are_named_at_once(shard_folder, tmp_path):
+    """For a run that goes on and for a branch of it: with the flags that the error names it works."""
+    train(data=shard_folder, out_dir=tmp_path / "out", max_steps=4)
+    for changes in ({"out_dir": tmp_path / "out"}, {"out_dir": tmp_path / "b", "max_steps": 8,
+                                                    "branch_from": tmp_path / "out" / "model_000004.pt"}):
+        given = {"data": shard_folder, "dtype": "float32", "device": "cpu", "hellaswag_every": 0, "sample_every": 0,
+                 "micro_batch_size": 4, **changes}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        with pytest.raises(UserError) as error:
+            train_gpt2.main(parse_args(words))
+        missing = shlex.split(re.search(r"(?:continue with|add) ([^,]*)", str(error.value))[1])
+        assert {"--n_layer", "--n_embd", "--total_batch_size", "--sequence_length"} <= set(missing)
+        train_gpt2.main(parse_args([*words, *missing]))
