@@ -281,8 +281,6 @@ class OneLineParser(argparse.ArgumentParser):
         elif wrong := re.search(r"invalid choice: '(.*?)'", message):
             near = flag_help.nearest(wrong[1], action.choices)
             message += f": did you mean {near}?" if near else ""
-        elif "are required" in message:
-            message += f": {self.usage}"
         raise UserError(f"{message} (--help lists every flag)")
 
 

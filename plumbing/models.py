@@ -64,6 +64,8 @@ def find(source) -> dict | None:
         if (path / "config.json").exists():
             return None
         newest_path = checkpoint.newest(path)
+        if newest_path is None and checkpoint.listing(path):
+            raise UserError(f"no checkpoint in {source} is whole: restore one from a copy, or train again")
         if newest_path is None:
             raise UserError(f"{source} holds neither a whole checkpoint nor a transformers model{suggest(path)}")
         return checkpoint.load(newest_path, verify=False)

@@ -67,10 +67,12 @@ def to_evaluate(config, world) -> dict | None:
         raise UserError(f"no checkpoint in {config.out_dir}: name a run's --out_dir, or --init_from")
     if state and config.init_from not in ("", state["train_config"].get("init_from")):
         return None
-    for name, use in (("data", "trained on"), ("val_tokens", "validated with"), ("sequence_length", "trained with")):
-        before, now = (state or {}).get("train_config", {}).get(name), getattr(config, name)
-        if before not in (None, now):
-            print0(f"note: the run was {use} --{name} {before}, this evaluates with --{name} {now}")
+    if state:
+        before = {"data": config.data, "val_tokens": config.val_tokens} | state["train_config"]
+        if before["data"] != config.data:
+            print0(f"note: the run was trained on {before['data']}, this evaluates on {config.data}")
+        if before["val_tokens"] != config.val_tokens:
+            print0(f"note: the run has --val_tokens {before['val_tokens']}, this evaluates {config.val_tokens}")
     return state
 
 
@@ -138,10 +140,10 @@ def check_same_experiment(config, state: dict, free: set[str], path) -> None:
         if name == "branch_from" and before == "":
             raise UserError(f"{Path(path).parent} already holds a run: choose another --out_dir for the branch")
         given = "(empty)" if value == "" else value
-        if config.branch_from:
-            raise UserError(f"a branch keeps the model, data and batch of its run: add {flags_of(config, state, free)}")
         remedy = f"continue with {flags_of(config, state, free)}, or choose another --out_dir for a new run"
-        if name == "max_steps":
+        if "max_steps" in free:
+            remedy = f"a branch keeps the other settings of its run, add {flags_of(config, state, free)}"
+        elif name == "max_steps":
             remedy = (f"continue with --{name} {before}; to train longer, or under another schedule, use --branch_from "
                       f"{path} and another --out_dir")
         raise UserError(f"the run of {path} has --{name} {before}, not {given}: {remedy}")

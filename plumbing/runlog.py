@@ -286,6 +286,8 @@ class RunLog:
         self.lines.count(seconds)
         if skipped or self.lines.is_due(step):
             print0(self.lines.format(step, values, f"skipped: {reason}" if skipped else ""))
+        if self.lines.thins_out(step):
+            print0(f"from here on not every step has a line; all are in {self.path}")
         self.write("train", step=step, tokens=tokens, **values,
                    **({"scale": scale} if scale is not None else {}), **({"skipped": True} if skipped else {}))
         self.bad_steps = self.bad_steps + (not overflow) if skipped else 0

@@ -31,11 +31,19 @@ class StepLines:
         self.total += seconds if self.steps_here > 1 else 0.0
         self.seconds = seconds if self.steps_here <= 2 else 0.9 * self.seconds + 0.1 * seconds
 
-    def is_due(self, step: int) -> bool:
-        """Return whether a step gets a line: the first 20, the last, and of the others about one per second."""
+    @property
+    def every(self) -> int:
+        """Return the number of steps from one line to the next, later on: log_every, or those of about a second."""
         mean = self.total / max(1, self.steps_here - 1)  # seconds; it hardly changes, unlike the moving average
-        every = self.log_every or next((n for n in ROUND if n * mean >= 1), ROUND[-1])
-        return self.steps_here <= FIRST or step == self.last or step % every == 0
+        return self.log_every or next((n for n in ROUND if n * mean >= 1), ROUND[-1])
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step gets a line: the first 20, the last, and those at multiples of `every`."""
+        return self.steps_here <= FIRST or step == self.last or step % self.every == 0
+
+    def thins_out(self, step: int) -> bool:
+        """Return whether this is the step from which on some get no line."""
+        return self.steps_here == FIRST and self.every > 1 and step < self.last
 
     def at(self, step: int) -> str:
         """Return the beginning of each line of a run."""

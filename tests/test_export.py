@@ -217,7 +217,7 @@ def test_trouble_leaves_nothing_behind(how, trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "no run below log/ has a checkpoint: train one first"),
+    ([], "has a checkpoint: train one first"),
     (["x"], "or name a model, such as python export_hf.py gpt2"),
     (["nothing", "out"], "no model 'nothing': name a folder"),
     (["small", "out"], "has 99 tokens, too few for GPT-2's encoding"),

@@ -190,7 +190,6 @@ def test_nonsense_gets_no_suggestion(line):
     ("fineweb", ["my_texts"], "did you mean --source my_texts?"), ("fineweb", ["--resume"], "the same command"),
     ("fineweb", ["--data", "my_texts"], "it is --source here"),
     ("fineweb", ["--workers", "2"], "it is --num_proc here"),
-    ("export_hf", [], "are required: model, out: python"), ("export_hf", ["log"], "are required: out: python"),
     ("export_hf", ["a", "b", "c"], "unrecognized arguments: c ("), ("plot", ["--output", "x.png"], "it is --out here"),
 ])
 def test_mistakes_at_the_other_commands(name, words, message):

@@ -118,21 +118,22 @@ def test_presets_lie_under_the_flags(tmp_path):
     text, folder = tmp_path / "a.txt", tmp_path / "shards"  # a text brings the demo's settings, the folder does not
     text.write_text("x")
     folder.mkdir()
-    words = ["--data", str(folder)]
-    assert parse_args(words) == parse_args([*words, "--preset", "gpt2"]) == TrainConfig(data=str(folder))
+    words, own = ["--data", str(folder)], {"data": str(folder), "out_dir": "log/shards"}
+    assert parse_args(words) == parse_args([*words, "--preset", "gpt2"]) == TrainConfig(**own)
     fast = parse_args([*words, "--preset", "fast", "--min_lr", "1e-5"])
-    assert fast == TrainConfig(**PRESETS["fast"] | {"data": str(folder), "min_lr": 1e-5})
+    assert fast == TrainConfig(**PRESETS["fast"] | own | {"min_lr": 1e-5})
     assert (fast.optimizer, fast.decay, fast.max_lr) == ("muon", "linear", 3.6e-3)
     demo = parse_args([*words, "--preset", "demo"])  # named, it holds for shards too
-    assert demo == TrainConfig(**PRESETS["demo"] | {"data": str(folder)})
+    assert demo == TrainConfig(**PRESETS["demo"] | own)
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "fast"])
 def test_a_preset_that_is_named_is_taken_whole_for_a_text_file_too(preset, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("x")
-    assert parse_args(["--data", str(text)]) == TrainConfig(**PRESETS["demo"] | {"data": str(text)})
-    assert parse_args(["--data", str(text), "--preset", preset]) == TrainConfig(**PRESETS[preset] | {"data": str(text)})
+    own = {"data": str(text), "out_dir": "log/a"}
+    assert parse_args(["--data", str(text)]) == TrainConfig(**PRESETS["demo"] | own)
+    assert parse_args(["--data", str(text), "--preset", preset]) == TrainConfig(**PRESETS[preset] | own)
 
 
 @pytest.mark.parametrize("preset, data", [(None, "input.txt"), ("demo", "input.txt"), ("fast", "edu_fineweb10B")])

@@ -427,7 +427,7 @@ def test_training_goes_on_without_matplotlib_and_says_so_once(shard_folder, tmp_
     result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("warning: no loss.png: ModuleNotFoundError") == 1
-    assert "checkpoints, log.jsonl, report.md in" in result.stdout
+    assert "has checkpoints, log.jsonl, report.md\n" in result.stdout
     assert not (tmp_path / "out" / "loss.png").exists()
     assert "loss.png" not in (tmp_path / "out" / "report.md").read_text()
 

@@ -74,7 +74,7 @@ def test_shards_of_one_s_own_have_the_source_s_name_and_training_takes_them(tmp_
     assert last == "train on it: python train_gpt2.py --data texts_shards --preset demo"
     words = last.removeprefix("train on it: python train_gpt2.py ").split()
     result = run([*words, *flags(out_dir=None)], cwd=tmp_path)
-    assert result.returncode == 0 and (tmp_path / "log" / "texts" / "model_000006.pt").exists(), result.stderr
+    assert result.returncode == 0 and (tmp_path / "log" / "texts_shards" / "model_000006.pt").exists(), result.stderr
     prepare("--verify", source="train_texts")  # finds the same folder
     prepare(source="train_texts", out="mine", **SMALL)
     assert tokens_of("mine") == tokens_of("texts_shards") == plain([TEXT[:40_000]]).tolist()
