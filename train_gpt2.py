@@ -46,7 +46,7 @@ from plumbing.tokenizer import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults reproduce GPT-2 124M. Raises UserError for a wrong value."""
+    """Settings of a run, by default GPT-2 124M. Raises UserError for a wrong value."""
     # Data
     data: str = "edu_fineweb10B"  # folder of token shards, or a text file
     sequence_length: cli.Positive = 1024  # tokens per sequence
@@ -72,7 +72,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
     # Evaluation
     eval_only: bool = False  # evaluate the newest checkpoint, or --init_from
-    val_every: int = 250  # steps between validations (0: only at the start and the end)
+    val_every: int = 250  # steps between validations (0: first and last only)
     val_tokens: cli.Positive = 10485760  # tokens per validation, at most
     hellaswag_every: int = 250  # steps between HellaSwag evaluations (0: never)
     hellaswag_limit: int = 0  # HellaSwag examples, from the start of the file (0: all)
@@ -80,7 +80,7 @@ class TrainConfig:
     sample_every: int = 250  # steps between samples (0: never)
     sample_prompt: cli.Prompt = "Hello, I'm a language model,"  # text that the samples continue
     # Output
-    out_dir: str = "log"  # folder for log.jsonl and checkpoints; a run found there is resumed
+    out_dir: str = "log"  # folder of the run; one found there is resumed
     checkpoint_every: int = 1000  # steps between checkpoints (0: only after the last step)
     keep_checkpoints: cli.Positive = 2  # newest checkpoints to keep
     keep_best: bool = False  # also keep best.pt, of the lowest validation loss
@@ -89,9 +89,9 @@ class TrainConfig:
     # Machine
     micro_batch_size: int = 0  # sequences per forward pass on each GPU (0: as many as fit)
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: cli.Dtype = "auto"  # precision of matrix products, by autocast (auto: by hardware)
-    compile: bool | None = None  # torch.compile (default: if it works and the run is long enough)
-    activation_checkpointing: bool = False  # recompute blocks in backward, to save memory
+    dtype: cli.Dtype = "auto"  # precision of matrix products (auto: by hardware)
+    compile: bool | None = None  # torch.compile (default: if it pays)
+    activation_checkpointing: bool = False  # recompute blocks: less memory, more time
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
     yes: bool = False  # start even if this takes more than a week here
 

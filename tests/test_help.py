@@ -69,6 +69,7 @@ def test_help_of_training_is_in_groups_and_its_examples_come_last(capsys):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "." not in name])
 def test_the_examples_are_commands_that_work(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [f"{name}.py"])
     examples = help_of(name, capsys).partition("\nExamples:\n")[2].replace(" \\\n", " ")
     commands = [line for line in examples.splitlines() if not line.startswith("  #")]
     assert len(commands) >= 3
