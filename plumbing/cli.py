@@ -67,7 +67,7 @@ def run_command(main, *arguments):
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's last words then tell what was raised
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        main = record(main)
+        main = record(without_traceback(main))
     try:
         return main(*arguments)
     except Stopped as stop:  # what has been done is saved
@@ -84,6 +84,17 @@ def run_command(main, *arguments):
         sys.stderr.write(f"{rank}error: {' '.join(message.split())}\n")
         sys.stderr.flush()
     sys.exit(code)
+
+
+def without_traceback(main):
+    """Return main, such that what the user can mend comes without the lines of code that led to it."""
+    def called(*arguments):
+        try:
+            return main(*arguments)
+        except (UserError, OSError) as error:
+            raise error.with_traceback(None) from None
+
+    return called
 
 
 class Range(NamedTuple):

@@ -1,4 +1,6 @@
 """Several ranks: errors of rank 0 alone reach all of them, and torch.compile changes nothing that a rank computes."""
+import re
+
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -130,3 +132,13 @@ def test_two_compiled_ranks_have_the_losses_of_eager_ones_and_are_resumed_bit_by
                  TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "another"))
     assert "resumed after step 4" in result.stdout and "compile | yes: as in the run so far" in result.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.dist
+def test_torchrun_s_last_words_on_a_wrong_setting_are_short(shard_folder, tmp_path):
+    """It prints the traceback of each rank that was not stopped by it first, here without the code within."""
+    result = run(flags(data=shard_folder, out_dir=tmp_path, total_batch_size=100), ranks=2)
+    assert result.returncode == 1 and "error: --total_batch_size 100 is not a multiple of" in result.stderr
+    tracebacks = re.findall(r"traceback : Traceback(.*?)\n *\n", result.stderr, re.DOTALL)
+    assert tracebacks, result.stderr
+    assert all("machine.py" not in text and len(text.splitlines()) < 9 for text in tracebacks), result.stderr
