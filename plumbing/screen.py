@@ -85,8 +85,10 @@ def program(name: str) -> str:
 
 
 def here(command: str) -> str:
-    """Return a command that begins with python train_gpt2.py as it works from the current folder."""
-    return command.replace("python train_gpt2.py", program("train_gpt2.py"), 1)
+    """Return a command that trains, with python or torchrun, as it works from the current folder."""
+    start = program("train_gpt2.py")
+    command = command.replace("python train_gpt2.py", start, 1)
+    return command.replace(" train_gpt2.py", start[start.index(" "):], 1) if command.startswith("torchrun") else command
 
 
 def commands_to_go_on(model: str, prompt: str, run: str = "", command: str = "") -> str:

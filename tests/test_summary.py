@@ -298,3 +298,13 @@ def test_all_flags_that_a_command_lacks_are_named_at_once(shard_folder, tmp_path
         missing = shlex.split(re.search(r"(?:continue with|, add) ([^,]*)", str(error.value))[1])
         assert {"--n_layer", "--n_embd", "--total_batch_size", "--sequence_length"} <= set(missing)
         train_gpt2.main(parse_args([*words, *missing]))
+
+
+def test_a_command_is_told_as_it_works_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert screen.here("python train_gpt2.py --data 'a b'") == "python train_gpt2.py --data 'a b'"
+    (tmp_path / "x y").mkdir()
+    monkeypatch.chdir(tmp_path / "x y")
+    for command in ("python train_gpt2.py --seed 1", "torchrun --standalone --nproc_per_node=2 train_gpt2.py --seed 1"):
+        script = next(word for word in shlex.split(screen.here(command)) if word.endswith("train_gpt2.py"))
+        assert screen.Path(script).resolve() == ROOT / "train_gpt2.py" and screen.here("") == ""
