@@ -341,8 +341,8 @@ def test_verify_finds_one_flipped_bit_and_what_is_missing_or_foreign(tmp_path, c
     (out / "stray_train.npy").unlink()
     prepare(source=source, out=out, shard_size=5000)  # writes what is missing
     prepare("--verify", out=out)
-    for folder in (tmp_path / "none", source.parent):
-        with pytest.raises(OSError, match="is not finished"):
+    for folder, fate in ((tmp_path / "none", "does not exist"), (source.parent, "is not finished")):
+        with pytest.raises(OSError, match=f"{folder.name} {fate}: run"):
             prepare("--verify", out=folder)
 
 
