@@ -93,7 +93,7 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile (default: if it pays)
     activation_checkpointing: bool = False  # recompute blocks: less memory, more time
     deterministic: bool = False  # bit-identical reruns on CUDA too, slower
-    yes: bool = False  # start even if this takes more than a week here
+    yes: bool = False  # start even if it takes a week or all memory
 
     def __post_init__(self):
         machine.check_settings(self)

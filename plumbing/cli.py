@@ -295,6 +295,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every flag)")
 
 
+def changed_flags(config, default) -> list[str] | None:
+    """Return the flags that make `default` into `config`; None if no flag can, as for compile=None."""
+    words = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value == getattr(default, name):
+            continue
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return words
+
+
 def explain(error: Exception) -> str:
     """Return what an exception of some library says, or the one that caused it, in one short line."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):

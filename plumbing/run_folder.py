@@ -15,7 +15,7 @@ import shlex
 from pathlib import Path
 
 from plumbing import checkpoint, files, models, published
-from plumbing.cli import Stopped, UserError, print0, require
+from plumbing.cli import Stopped, UserError, changed_flags, print0, require
 from plumbing.files import CheckpointError, first_line
 from plumbing.ranks import check_launcher
 
@@ -149,15 +149,13 @@ def check_same_experiment(config, state: dict, free: set[str], path) -> None:
         raise UserError(f"the run of {path} has --{name} {before}, not {given}: {remedy}")
 
 
-def flags_of(config, state: dict, fixed_but: set[str]) -> str:
-    """Return the flags that a command lacks for the settings of a checkpoint, but for those that may differ."""
-    before, words = state["train_config"], []
-    for field in dataclasses.fields(config):
-        name, value = field.name, before.get(field.name, field.default)
-        if name in fixed_but or value == getattr(config, name) or (name == "dtype" and config.dtype == "auto"):
-            continue
-        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return shlex.join(words)
+def flags_of(config, state: dict, free: set[str]) -> str:
+    """Return the flags that a command lacks for the settings of a checkpoint, but for those that are free to differ."""
+    before = {field.name: state["train_config"].get(field.name, field.default)
+              for field in dataclasses.fields(config) if field.name not in free}
+    if config.dtype == "auto":  # which takes that of the checkpoint
+        before["dtype"] = "auto"
+    return shlex.join(changed_flags(dataclasses.replace(config, **before), config))
 
 
 def check_settings(config, state: dict, path) -> None:
@@ -182,6 +180,7 @@ def write(run, state: dict, required: bool = False, name: str = "") -> bool:
     """
     if state["step"] == run.start["resumed_from"] and not required and not name:
         return True
+
     def action() -> bool:
         try:
             run.log.keep_folder()

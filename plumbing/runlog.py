@@ -12,27 +12,11 @@ from pathlib import Path
 
 import torch
 
-from plumbing import accuracy, checkpoint, machine, reference, run_folder, screen, shards, summary
+from plumbing import accuracy, checkpoint, cli, machine, reference, run_folder, screen, shards, summary
 from plumbing.cli import UserError, bold, clock, explain, plural, print0
 from plumbing.files import atomic_write, check_inside, identity, set_aside
 
 PICTURE_SECONDS = 10  # between two drawings of loss.png, which take 0.3 s each
-
-
-def changed_flags(config, default) -> list[str] | None:
-    """Return the flags that make `default` into `config`; None if no flag can, as for compile=None."""
-    words = []
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if value == getattr(default, name):
-            continue
-        if value is None:
-            return None
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
-    return words
 
 
 def command_line(config, presets: dict[str, dict], world) -> str:
@@ -42,7 +26,7 @@ def command_line(config, presets: dict[str, dict], world) -> str:
     """
     choices = []
     for name, preset in presets.items():
-        flags = changed_flags(config, dataclasses.replace(type(config)(), **preset))
+        flags = cli.changed_flags(config, dataclasses.replace(type(config)(), **preset))
         if flags is not None:
             named = preset or Path(config.data).is_file()  # for a text file, demo is the default
             choices.append([*(["--preset", name] if named else []), *flags])

@@ -13,7 +13,7 @@ import torch
 from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
 
 import train_gpt2
-from plumbing import cli, machine, screen, summary
+from plumbing import cli, curve, machine, models, screen, summary
 from plumbing.cli import UserError
 from plumbing.ranks import World
 from train_gpt2 import PRESETS, TrainConfig, parse_args
@@ -308,3 +308,58 @@ def test_a_command_is_told_as_it_works_from_here(tmp_path, monkeypatch):
     for command in ("python train_gpt2.py --seed 1", "torchrun --standalone --nproc_per_node=2 train_gpt2.py --seed 1"):
         script = next(word for word in shlex.split(screen.here(command)) if word.endswith("train_gpt2.py"))
         assert screen.Path(script).resolve() == ROOT / "train_gpt2.py" and screen.here("") == ""
+
+
+@pytest.mark.parametrize("log_every, said", [(1, False), (7, True)])
+def test_it_is_said_once_from_where_on_steps_have_no_line(log_every, said, shard_folder, tmp_path, capsys):
+    train(data=shard_folder, out_dir=tmp_path, max_steps=42, val_every=0, log_every=log_every)
+    lines = capsys.readouterr().out.splitlines()
+    told = [i for i, line in enumerate(lines) if line.startswith("from here on not every step has a line")]
+    assert len(told) == said and all(lines[i - 1].startswith("step 20/42 | loss") for i in told)
+
+
+def test_a_gpu_that_cannot_hold_the_weights_refuses_the_run(monkeypatch):
+    config, about = TrainConfig(micro_batch_size=4), {"resumed_from": None, "command": "python train_gpt2.py"}
+    plan = plan_of(config, 9_765_625, 9, 4e14)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda *_, **__: plan.state_bytes)
+    summary.check(config, plan, GPU, about)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda *_, **__: plan.state_bytes - 1)
+    with pytest.raises(UserError, match=r"needs about 1,899 MiB of memory, and cuda has .*: use a smaller --model"):
+        summary.check(config, plan, GPU, about)
+    summary.check(replace(config, yes=True), plan, GPU, about)
+
+
+def test_evaluation_on_fewer_tokens_than_the_run_s_is_noted(shard_folder, tmp_path, capsys):
+    train(data=shard_folder, out_dir=tmp_path, max_steps=2)
+    capsys.readouterr()
+    for val_tokens in (320, 160):
+        train(data=shard_folder, out_dir=tmp_path, max_steps=2, eval_only=True, val_tokens=val_tokens)
+        noted = "note: the run has --val_tokens 320, this evaluates 160" in capsys.readouterr().out
+        assert noted == (val_tokens == 160)
+
+
+def test_a_warmup_longer_than_the_run_is_what_a_decay_is_refused_for():
+    with pytest.raises(UserError, match="--warmup_steps is 30, it must be at most max_steps, 20, to use --decay_steps"):
+        TrainConfig(max_steps=20, warmup_steps=30, decay_steps=5)
+    TrainConfig(max_steps=20, warmup_steps=30)
+
+
+def test_the_samples_are_among_the_lines_of_a_log(shard_folder, tmp_path):
+    train(data=shard_folder, out_dir=tmp_path, max_steps=2, sample_every=2)
+    samples = [line for line in curve.read_log(tmp_path) if line["kind"] == "sample"]
+    assert samples == read_log(tmp_path, "sample") and [line["step"] for line in samples] == [0, 2]
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_not_recommended(tmp_path):
+    (tmp_path / "model_000004.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"is whole: restore one from a copy, or train again$"):
+        models.find(tmp_path)
+
+
+def test_new_weights_are_no_best_checkpoint(shard_folder, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Stopped):
+        patch.setattr(train_gpt2.RunLog, "train", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(train_gpt2.RunLog, "val", lambda log, step, *_, **__: seen.append(step))
+        seen = []
+        train(data=shard_folder, out_dir=tmp_path, keep_best=True, val_every=3)
+    assert seen == [0] and not (tmp_path / "best.pt").exists()
