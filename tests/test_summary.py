@@ -295,6 +295,7 @@ def test_all_flags_that_a_command_lacks_are_named_at_once(shard_folder, tmp_path
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         with pytest.raises(UserError) as error:
             train_gpt2.main(parse_args(words))
+        assert ("a branch keeps the other settings" in str(error.value)) == ("branch_from" in changes)
         missing = shlex.split(re.search(r"(?:continue with|, add) ([^,]*)", str(error.value))[1])
         assert {"--n_layer", "--n_embd", "--total_batch_size", "--sequence_length"} <= set(missing)
         train_gpt2.main(parse_args([*words, *missing]))
