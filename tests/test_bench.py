@@ -1,4 +1,7 @@
-"""The benches: bench.gpu, which is meant for a GPU, at toy size on the CPU, and the flags of all of them."""
+"""The benches: bench.gpu, which is meant for a GPU, at toy size on the CPU, and the flags of all of them.
+
+    pytest tests/test_bench.py
+"""
 import dataclasses
 import importlib
 import json
@@ -7,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from bench import gpu
 from plumbing.cli import parse_flags

@@ -1,9 +1,11 @@
-"""Runs that begin from a checkpoint of another one, and evaluations that a kill must not cost anything."""
+"""Runs that begin from a checkpoint of another one, and evaluations that a kill must not cost anything.
+
+    pytest tests/test_branch.py
+"""
 import json
 
 import pytest
-from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
-from test_train import final_state, same
+from helpers import ENCODING, ROOT, final_state, flags, needs, read_log, run, same, write_shards
 
 import train_gpt2
 from plumbing.cli import UserError

@@ -1,4 +1,7 @@
-"""Checkpoint files: whole or absent, verified, pruned, locked; and files in transformers' layout that are refused."""
+"""Checkpoint files: whole or absent, verified, pruned, locked; and files in transformers' layout that are refused.
+
+    pytest tests/test_checkpoint.py
+"""
 import functools
 import json
 import os
@@ -8,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from plumbing import checkpoint, files, run_folder, transformers_format
 from plumbing.checkpoint import CheckpointError

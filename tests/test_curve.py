@@ -1,10 +1,13 @@
-"""The losses of build-nanogpt's own script, met by the real command from the same weights and tokens."""
+"""The losses of build-nanogpt's own script, met by the real command from the same weights and tokens.
+
+    pytest tests/test_curve.py
+"""
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, needs, read_log, run
+from helpers import ENCODING, ROOT, needs, read_log, run
 
 from plumbing import checkpoint
 from plumbing.tokenizer import gpt2_encoding

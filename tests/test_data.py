@@ -1,4 +1,7 @@
-"""DataLoaderLite against a plain list of windows: partitions, order, formats, and what is refused."""
+"""DataLoaderLite against a plain list of windows: partitions, order, formats, and what is refused.
+
+    pytest tests/test_data.py
+"""
 import ctypes
 import mmap
 import os
@@ -9,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, make_loader, needs, write_shards
+from helpers import ENCODING, ROOT, make_loader, needs, spoil, write_bin, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -89,12 +92,6 @@ def test_a_batch_depends_on_its_number_alone(shard_folder):
     assert set(vars(other)) == set(vars(loader))
 
 
-def write_bin(path, tokens, magic=20240520, version=1, count=None):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-
-
 def test_three_formats_hold_the_same_tokens(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50257, 400, dtype=np.uint16)
     batches = []
@@ -133,36 +130,6 @@ def test_opening_ten_billion_tokens_takes_no_time_and_no_memory(tmp_path):
     assert time.process_time() - start < 0.5  # of this process: others may use the machine too
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
     assert loader.n_windows == 99 * (99_999_999 // 1024)
-
-
-def spoil(folder, how):
-    path = folder / "edufineweb_train_000001.npy"
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif how == "padded":
-        path.write_bytes(path.read_bytes() + b"\0\0")
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "dtype":
-        np.save(path, np.zeros(400, dtype=np.int64))
-    elif how == "pickled":
-        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    elif how == "two-dimensional":
-        np.save(path, np.zeros((20, 20), dtype=np.uint16))
-    elif how == "magic":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), magic=1)
-    elif how == "version":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), version=7)
-    elif how == "count":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), count=399)
-    elif how == "header":
-        path.with_suffix(".bin").write_bytes(np.array([20240520, 1, 0], dtype=np.int32).tobytes())
-    elif how == "odd":
-        (folder / "train.bin").write_bytes(b"\0" * 801)
-    elif how == "header cut":
-        path.write_bytes((b"\x93NUMPY\x01\x00\x36\x00{'descr': '<u2', 'fortran_order': False, 'shape': (1").ljust(64))
-    elif how == "both names":
-        path.rename(folder / "train_val.npy")
 
 
 @pytest.mark.parametrize("how", ["truncated", "padded", "empty", "dtype", "pickled", "two-dimensional", "magic",

@@ -1,4 +1,7 @@
-"""README.md and docs/: every command in them is run, or listed with the reason why not; links and names exist."""
+"""README.md and docs/: every command in them is run, or listed with the reason why not; links and names exist.
+
+    pytest tests/test_docs.py
+"""
 import functools
 import json
 import operator
@@ -13,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, needs, python_path, run
+from helpers import ENCODING, ROOT, needs, python_path, run
 
 import train_gpt2
 from plumbing.tokenizer import encode
@@ -140,7 +143,7 @@ def fill(folder: Path) -> None:
 def fill_others(folder: Path) -> None:
     """Lay out what other projects leave: nanoGPT, build-nanogpt, llm.c, datasets, and a folder of texts."""
     from datasets import Dataset
-    from test_foreign import nanogpt, write_build_nanogpt
+    from helpers import nanogpt, write_build_nanogpt
 
     text = (folder / "input.txt").read_text(encoding="utf-8")
     stories, tokens = text.split("\n\n")[:60], np.array(encode(text), dtype=np.uint16)

@@ -1,10 +1,12 @@
-"""OpenAI's weights by name: the real download, from a hub on loopback."""
+"""OpenAI's weights by name: the real download, from a hub on loopback.
+
+    pytest tests/test_download.py
+"""
 import pytest
 import torch
-from conftest import ROOT, flags, run
+from helpers import ROOT, flags, random_gpt2, run
 from hub import COMMIT, hub, with_gpt2
 from safetensors.torch import load_file
-from test_model import random_gpt2
 
 from plumbing import published
 

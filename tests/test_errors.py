@@ -1,12 +1,14 @@
-"""Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command."""
+"""Every mistake a user can make ends in exit code 2 and one line that says what to do, through the real command.
+
+    pytest tests/test_errors.py
+"""
 import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, flags, needs, read_log, run, write_shards
-from test_data import spoil
+from helpers import ENCODING, flags, needs, read_log, run, spoil, write_shards
 
 import train_gpt2
 from plumbing import checkpoint

@@ -1,4 +1,7 @@
-"""export_hf.py and the import against transformers and lm-eval: the same bits there and back, nothing left behind."""
+"""export_hf.py and the import against transformers and lm-eval: the same bits there and back, nothing left behind.
+
+    pytest tests/test_export.py
+"""
 import json
 import os
 import re
@@ -11,9 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, read_log, run
-from test_hellaswag import OURS, lm_eval_samples
-from test_model import random_gpt2
+from helpers import ENCODING, OURS, ROOT, flags, lm_eval_samples, needs, random_gpt2, read_log, run
 
 import export_hf
 from plumbing import checkpoint, transformers_format
@@ -133,7 +134,7 @@ def test_without_transformers_it_reads_what_it_wrote_itself(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a finished run."""
-    from conftest import write_shards
+    from helpers import write_shards
 
     folder = tmp_path_factory.mktemp("trained")
     assert run(flags(data=write_shards(folder / "data"), out_dir=folder / "log"), cwd=folder).returncode == 0

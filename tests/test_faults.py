@@ -1,10 +1,13 @@
-"""The small part of tests/faults/run.py: each fault is a real one, and each promise is kept."""
+"""The small part of tests/faults/run.py: each fault is a real one, and each promise is kept.
+
+    pytest tests/test_faults.py
+"""
 import sys
 
 import pytest
-from conftest import ENCODING, needs
 from faults import common
 from faults.run import PARTS
+from helpers import ENCODING, needs
 
 SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
 

@@ -1,6 +1,8 @@
-"""fineweb.py: bytes against a plain loop of tiktoken, restarts after SIGKILL, broken files, disks and networks."""
+"""fineweb.py: bytes against a plain loop of tiktoken, restarts after SIGKILL, broken files, disks and networks.
+
+    pytest tests/test_fineweb.py
+"""
 import gzip
-import io
 import json
 import os
 import random
@@ -9,95 +11,42 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENCODING, ROOT, flags, needs, run
+from helpers import (
+    ENCODING,
+    FINEWEB_SCRIPT,
+    ROOT,
+    TEXT,
+    documents,
+    fineweb_command,
+    flags,
+    needs,
+    plain_tokens,
+    prepare,
+    run,
+    run_fineweb,
+    set_piece_bytes,
+    shards,
+    write_jsonl,
+    write_parquet,
+)
 from hub import COMMIT, hub
 
 import fineweb
-from plumbing import encode, resuming, texts
+from plumbing import encode, texts
 from plumbing.cli import UserError
 from plumbing.tokenizer import EOT, gpt2_encoding
 
 pytestmark = needs(*ENCODING, "datasets", "gigatoken", "awkward")
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-SCRIPT = ROOT / "fineweb.py"
-TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 ODD = ["", "a", "\0", "nul \0 inside", "🙂 👩‍🚀 naïve ½ 你好", "<|endoftext|>", "see <|endoftext|> here",
        " \t\r\n  x\n", "lone \ud800 surrogate \udfff", "it's WE'LL don't", "\u2028 \x85 \x0b", "2021-01-01", "x" * 5000,
        TEXT[:100_000] * 20]
-
-
-def plain(texts) -> np.ndarray:
-    """The tokens of texts by the plainest loop."""
-    tokens = []
-    for text in texts:
-        tokens += [EOT, *gpt2_encoding().encode_ordinary(text)]
-    return np.array(tokens, dtype=np.uint16)
-
-
-def documents(n: int, seed: int = 0) -> list[str]:
-    """n pieces of the built-in text of 1 to 2,000 characters."""
-    rng = random.Random(seed)
-    starts = [rng.randrange(len(TEXT) - 2000) for _ in range(n)]
-    return [TEXT[start:start + rng.randrange(1, 2000)] for start in starts]
-
-
-def shards(folder) -> list[np.ndarray]:
-    """The shards in a folder, in order, each checked to be what np.save writes."""
-    found = []
-    for path in sorted(Path(folder).glob("*.npy"), key=lambda path: path.name[-10:]):
-        found.append(np.load(path))
-        expected = io.BytesIO()
-        np.save(expected, found[-1])
-        assert path.read_bytes() == expected.getvalue()
-    return found
-
-
-def write_parquet(path: Path, texts, **options) -> Path:
-    """A parquet file with a column of texts and another one."""
-    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, **options)
-    return path
-
-
-def write_jsonl(path: Path, texts) -> Path:
-    """JSON lines, compressed as the name says."""
-    data = b"".join(json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(texts))
-    if path.suffix == ".gz":
-        half = len(data) // 2  # two members, as cat makes them
-        data = gzip.compress(data[:half]) + gzip.compress(data[half:])
-    if path.suffix == ".zst":
-        half = len(data) // 2
-        data = b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
-    path.write_bytes(data)
-    return path
-
-
-def prepare(*arguments, **flags):
-    """Run the command in this process."""
-    fineweb.main([*arguments, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
-
-
-def set_piece_bytes(size: int, monkeypatch):
-    """Read pieces of this size, and give them a buffer that some are too large for."""
-    for module in (texts, resuming):
-        monkeypatch.setattr(module, "PIECE_BYTES", size)
-
-
-def run_fineweb(environment=(), **flags) -> subprocess.CompletedProcess:
-    """Run the command in another process."""
-    return run(command(**flags)[2:], script=SCRIPT, **dict(environment))
-
-
-def command(**flags) -> list[str]:
-    """The real command."""
-    return [sys.executable, str(SCRIPT), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +61,7 @@ def test_parquet_of_odd_documents_becomes_the_plain_loop_s_bytes(tokenizer, tmp_
     texts = pa.Array.from_buffers(pa.string(), len(ours), binary.buffers(), null_count=2)  # as a careless writer does
     source = write_parquet(tmp_path / "odd[1].parquet", texts, row_group_size=700)
     prepare(source=source, out=tmp_path / "out", shard_size=300_000, tokenizer=tokenizer)
-    expected = plain(text.decode("utf-8", "replace") for text in ours if text is not None)
+    expected = plain_tokens(text.decode("utf-8", "replace") for text in ours if text is not None)
     found = shards(tmp_path / "out")
     assert np.array_equal(np.concatenate(found), expected)
     assert [len(shard) for shard in found[:-1]] == [300_000] * (len(expected) // 300_000)
@@ -125,14 +74,15 @@ def test_json_lines_of_odd_documents_become_the_plain_loop_s_bytes(suffix, tmp_p
     texts = [*ODD, None, *documents(1500)]
     source = write_jsonl(tmp_path / f"odd.{suffix}", texts)
     prepare(source=source, out=tmp_path / "out", shard_size=300_000)
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(text for text in texts if text is not None))
+    expected = plain_tokens(text for text in texts if text is not None)
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
 
 
 def test_json_lines_with_bom_blank_lines_bad_utf8_and_no_last_newline(tmp_path):
     source = tmp_path / "raw.jsonl"
     source.write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n\n  \n{"body": 1, "text": "bad \xff"}\n{"text": "last"}')
     prepare(source=source, out=tmp_path / "out", shard_size=4)
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(["first", "bad \ufffd", "last"]))
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(["first", "bad \ufffd", "last"]))
 
 
 @pytest.mark.parametrize("tokenizer", ["gigatoken", "tiktoken"])
@@ -141,12 +91,13 @@ def test_a_document_of_a_million_blanks_is_tokenized(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [" " * 1_100_000 + "end", "next", "y" * 300_000])
     prepare(source=source, out=tmp_path / "out", tokenizer=tokenizer)
     expected = [EOT, *gpt2_encoding().encode_ordinary(" " * 1_099_999), *gpt2_encoding().encode_ordinary(" end")]
-    assert np.concatenate(shards(tmp_path / "out")).tolist() == [*expected, *plain(["next", "y" * 300_000]).tolist()]
+    expected += plain_tokens(["next", "y" * 300_000]).tolist()
+    assert np.concatenate(shards(tmp_path / "out")).tolist() == expected
 
 
 def test_tokenize_documents_is_the_plain_loop():
     texts = ODD + documents(50)
-    assert np.array_equal(encode.tokenize_documents(texts), plain(texts))
+    assert np.array_equal(encode.tokenize_documents(texts), plain_tokens(texts))
     assert encode.tokenize_documents([]).size == 0
 
 
@@ -156,7 +107,7 @@ def test_a_tokenizer_made_to_forget_gives_the_same(tmp_path, monkeypatch):
     set_piece_bytes(10_000, monkeypatch)
     texts = documents(300)
     prepare(source=write_parquet(tmp_path / "a.parquet", texts), out=tmp_path / "out", shard_size=50_000)
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
 
 
 @pytest.mark.parametrize("write, name", [(write_parquet, "a.parquet"), (write_jsonl, "a.jsonl")])
@@ -165,7 +116,7 @@ def test_nulls_and_empty_texts_anywhere_in_a_piece(write, name, tmp_path, monkey
     rng = random.Random(1)
     texts = [text[:rng.choice([0, 9, 90])] if rng.random() < 0.97 else None for text in documents(600)]
     source = write(tmp_path / name, texts)
-    expected = plain(text for text in texts if text is not None)
+    expected = plain_tokens(text for text in texts if text is not None)
     prepare(source=source, out=tmp_path / "out", shard_size=50)
     assert np.array_equal(np.concatenate(shards(tmp_path / "out")), expected)
     for k in rng.sample(range(len(expected) // 50), 12):  # going on in the middle of a piece, too
@@ -179,7 +130,7 @@ def test_a_slice_beside_a_null_is_tokenized():
     for start in (1, 50, 150):  # a slice may keep its parent's bitmap, for which gigatoken panics
         strings = texts.as_strings(column[start:].drop_null())
         tokens = encode.join_documents(*encode.Gigatoken()(strings), np.empty(0, np.uint16))[1]
-        assert np.array_equal(tokens, plain(f"d {i - 1}" for i in range(start, 200)))
+        assert np.array_equal(tokens, plain_tokens(f"d {i - 1}" for i in range(start, 200)))
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
@@ -188,13 +139,13 @@ def test_every_arrow_type_of_text(kind, tmp_path):
     column = pa.array(texts)
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
     prepare(source=write_parquet(tmp_path / "a.parquet", column), out=tmp_path / "out", shard_size=1000)
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
 
 
 def test_shards_may_end_anywhere_in_and_around_a_document(tmp_path):
     texts = ["", "one two three four five", "", "six", None, "seven eight nine"]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    expected = plain(text for text in texts if text is not None)
+    expected = plain_tokens(text for text in texts if text is not None)
     arguments = dict(source=source, tokenizer="tiktoken")  # which is made faster
     for size in range(1, len(expected) + 2):
         prepare(**arguments, out=tmp_path / str(size), shard_size=size)
@@ -231,7 +182,7 @@ def test_files_of_a_folder_and_of_a_pattern_are_read_in_order(tmp_path):
     prepare(source=tmp_path / "in", out=tmp_path / "folder", shard_size=3000)
     prepare(source=tmp_path / "in" / "**" / "*", out=tmp_path / "pattern", shard_size=3000)
     for name in ("folder", "pattern"):
-        assert np.array_equal(np.concatenate(shards(tmp_path / name)), plain(texts))
+        assert np.array_equal(np.concatenate(shards(tmp_path / name)), plain_tokens(texts))
 
 
 def test_two_nodes_write_every_document_once(tmp_path):
@@ -243,7 +194,7 @@ def test_two_nodes_write_every_document_once(tmp_path):
         prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=4000, node_rank=rank, num_nodes=2)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
     assert [name for name in names if "val" in name] == ["in_val_000000.npy"]
-    first, second = (plain(text for part in parts[rank::2] for text in part) for rank in (0, 1))
+    first, second = (plain_tokens(text for part in parts[rank::2] for text in part) for rank in (0, 1))
     train = {f"in_train_{k:06d}.npy" for k in (*range(1, -(-len(first) // 4000)),
                                                        *range(10_000, 10_000 - (-len(second) // 4000)))}
     assert set(names) == train | {"in_val_000000.npy"}
@@ -272,7 +223,8 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
     assert len(whole) > 40
     rng, out, there = random.Random(3), tmp_path / "killed", 0
     for kill in range(10):
-        process = subprocess.Popen(command(**arguments, out=out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(fineweb_command(**arguments, out=out), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         wanted = there + rng.randrange(1, 4)
         while sum(1 for _ in out.glob("*.npy")) < wanted and process.poll() is None:
             time.sleep(0.001)
@@ -281,7 +233,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
         process.wait()
         there = len(list(out.glob("*.npy")))
         assert not (out / "manifest.json").exists(), f"kill {kill} came after the end"
-    result = run([*command(**arguments, out=out)[2:]], script=SCRIPT)
+    result = run_fineweb(**arguments, out=out)
     assert result.returncode == 0 and "of them now" in result.stdout, result.stderr
     assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -300,7 +252,8 @@ def test_a_full_disk_leaves_whole_shards_and_says_so(tmp_path):
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    result = subprocess.run(command(**arguments), capture_output=True, text=True, preexec_fn=small_disk, timeout=60)
+    result = subprocess.run(fineweb_command(**arguments), capture_output=True, text=True, preexec_fn=small_disk,
+                            timeout=60)
     assert result.returncode == 2
     message = result.stderr.strip().splitlines()[-1]
     assert "File too large; the whole shards in" in message and "later with: python fineweb.py --source" in message
@@ -394,8 +347,8 @@ def test_ctrl_c_ends_it_while_it_waits_for_the_network(dataset, tmp_path):
     _, folder = dataset
     with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
         handler.trouble = staticmethod(lambda path: "html" if "/resolve/" in path else None)
-        process = subprocess.Popen(command(source="some/texts/sample", out=tmp_path / "out"), stderr=subprocess.PIPE,
-                                   text=True, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(fineweb_command(source="some/texts/sample", out=tmp_path / "out"), text=True,
+                                   env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while "trying again in 4 s" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -407,7 +360,7 @@ def test_ctrl_c_ends_it_while_it_waits_for_the_network(dataset, tmp_path):
 def test_two_of_them_do_not_write_to_one_folder(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(5))
     with fineweb.output_folder(fineweb.FineWebConfig(out=str(tmp_path / "out"))):
-        result = run([*command(source=source, out=tmp_path / "out")[2:]], script=SCRIPT)
+        result = run_fineweb(source=source, out=tmp_path / "out")
     assert result.returncode == 2 and "another fineweb.py is writing" in result.stderr
 
 
@@ -434,7 +387,8 @@ def test_two_of_them_do_not_write_to_one_folder(tmp_path):
 ])
 def test_wrong_flags_end_in_one_line_and_leave_nothing(wrong, message, tmp_path):
     source = write_parquet(tmp_path / "a.parquet", documents(5))
-    result = run([*command(**{"source": source, "out": tmp_path / "out", **wrong})[2:]], script=SCRIPT, cwd=tmp_path)
+    arguments = fineweb_command(**{"source": source, "out": tmp_path / "out", **wrong})[2:]
+    result = run(arguments, script=FINEWEB_SCRIPT, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr.strip().splitlines()[-1], result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
@@ -484,8 +438,8 @@ class Tokenizer:
 def test_a_tokenizer_that_errs_is_stopped_at_the_document(wrong, message, tmp_path):
     (tmp_path / "gigatoken.py").write_text(FAKE.format(wrong=wrong))
     source = write_jsonl(tmp_path / "a.jsonl", ["one", *documents(999), "not built in", *documents(9)])
-    arguments = command(source=source, out=tmp_path / "out", shard_size=1000)[2:]
-    result = run(arguments, script=SCRIPT, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    arguments = fineweb_command(source=source, out=tmp_path / "out", shard_size=1000)[2:]
+    result = run(arguments, script=FINEWEB_SCRIPT, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(message, result.stderr), result.stderr
 
@@ -494,10 +448,9 @@ def test_without_gigatoken_tiktoken_does_it(tmp_path):
     (tmp_path / "gigatoken.py").write_text("raise ImportError('no gigatoken for this machine')")
     texts = documents(20)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    result = run(command(source=source, out=tmp_path / "out", shard_size=1000)[2:], script=SCRIPT,
-                 PYTHONPATH=f"{tmp_path}:{ROOT}")
+    result = run_fineweb(dict(PYTHONPATH=f"{tmp_path}:{ROOT}"), source=source, out=tmp_path / "out", shard_size=1000)
     assert result.returncode == 0 and "warning: no gigatoken for this machine: using tiktoken" in result.stderr
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokenizer"] == "tiktoken"
 
 
@@ -532,22 +485,21 @@ def failing(times: int, what, path_part: str):
 def test_a_dataset_on_the_hub_is_streamed_and_its_commit_recorded(dataset, tmp_path):
     texts, folder = dataset
     with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
-        arguments = command(source="some/texts/sample/10BT", out=tmp_path / "out", shard_size=20_000)[2:]
-        result = run(arguments, script=SCRIPT, **environment)
+        arguments = fineweb_command(source="some/texts/sample/10BT", out=tmp_path / "out", shard_size=20_000)[2:]
+        result = run(arguments, script=FINEWEB_SCRIPT, **environment)
         assert result.returncode == 0, result.stderr
-        assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+        assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         assert manifest["revision"] == COMMIT
         assert manifest["files"][0][0] == f"hf://datasets/some/texts@{COMMIT}/sample/10BT/000_00000.parquet"
         copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 10_000]
         assert not copies  # nothing of it is kept twice
         handler.trouble = staticmethod(lambda path: 500)
-        assert run(arguments, script=SCRIPT, **environment).returncode == 0  # finished: no network is asked
+        assert run(arguments, script=FINEWEB_SCRIPT, **environment).returncode == 0  # finished: no network is asked
         handler.trouble = None
-        result = run(command(source=f"some/texts@{COMMIT}/data", out=tmp_path / "json")[2:], script=SCRIPT,
-                     **environment)
+        result = run_fineweb(environment, source=f"some/texts@{COMMIT}/data", out=tmp_path / "json")
         assert result.returncode == 0, result.stderr
-        assert np.array_equal(np.concatenate(shards(tmp_path / "json")), plain(texts[:7]))
+        assert np.array_equal(np.concatenate(shards(tmp_path / "json")), plain_tokens(texts[:7]))
 
 
 @pytest.mark.parametrize("what, where", [(500, "/api/"), (429, "/api/"), ("html", "/api/"), (503, "/resolve/"),
@@ -556,10 +508,9 @@ def test_a_network_that_fails_for_a_while_changes_nothing(what, where, dataset, 
     texts, folder = dataset
     with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
         handler.trouble = failing(1, what, where)
-        result = run(command(source="some/texts/sample", out=tmp_path / "out", shard_size=20_000)[2:], script=SCRIPT,
-                     **environment)
+        result = run_fineweb(environment, source="some/texts/sample", out=tmp_path / "out", shard_size=20_000)
         assert result.returncode == 0, result.stderr
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
 
 
 @pytest.mark.parametrize("what, where", [(500, "/api/"), (404, "/api/"), ("html", "/api/"), ("cut", "001_00000"),
@@ -568,14 +519,14 @@ def test_a_network_that_stays_away_is_one_line_with_the_command_that_goes_on(wha
     texts, folder = dataset
     with hub({"datasets/some/texts": folder}, tmp_path / "cache") as (environment, handler):
         handler.trouble = staticmethod(lambda path: what if where in path else None)
-        arguments = command(source="some/texts/sample", out=tmp_path / "out", shard_size=20_000, retries=0)[2:]
-        result = run(arguments, script=SCRIPT, **environment)
+        arguments = fineweb_command(source="some/texts/sample", out=tmp_path / "out", shard_size=20_000, retries=0)[2:]
+        result = run(arguments, script=FINEWEB_SCRIPT, **environment)
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert "later with: python fineweb.py --source some/texts/sample" in result.stderr.strip().splitlines()[-1]
         assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / "manifest.json").exists()
         handler.trouble = None
-        assert run(arguments, script=SCRIPT, **environment).returncode == 0
-    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain(texts))
+        assert run(arguments, script=FINEWEB_SCRIPT, **environment).returncode == 0
+    assert np.array_equal(np.concatenate(shards(tmp_path / "out")), plain_tokens(texts))
 
 
 @pytest.fixture
@@ -594,13 +545,12 @@ def ready_made(tmp_path):
 
 def test_ready_made_shards_are_fetched_and_verified(ready_made, tmp_path):
     with hub({"datasets/some/ready": ready_made}, tmp_path / "cache") as (environment, _):
-        result = run(command(download="some/ready", out=tmp_path / "out")[2:], script=SCRIPT, **environment)
+        result = run_fineweb(environment, download="some/ready", out=tmp_path / "out")
         assert result.returncode == 0, result.stderr
         for path in ready_made.glob("*.bin"):
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
         assert not (tmp_path / "out" / "README.md").exists()
-        result = run(command(download="some/ready", out=tmp_path / "part", max_tokens=5001)[2:], script=SCRIPT,
-                     **environment)
+        result = run_fineweb(environment, download="some/ready", out=tmp_path / "part", max_tokens=5001)
         assert result.returncode == 0, result.stderr
         assert len(list((tmp_path / "part").glob("*.bin"))) == 2
     prepare("--verify", out=tmp_path / "out")
@@ -621,14 +571,14 @@ def test_a_download_that_fails_is_not_trusted_and_goes_on(what, ready_made, shar
     out = tmp_path / "out"
     with hub({"datasets/some/ready": ready_made}, tmp_path / "cache") as (environment, handler):
         handler.trouble = staticmethod(lambda path: what if "train_000002.bin" in path and "resolve" in path else None)
-        arguments = command(download="some/ready", out=out, retries=0)[2:]
-        result = run(arguments, script=SCRIPT, **environment)
+        arguments = fineweb_command(download="some/ready", out=out, retries=0)[2:]
+        result = run(arguments, script=FINEWEB_SCRIPT, **environment)
         assert result.returncode == 2 and "--download some/ready" in result.stderr.splitlines()[-1]
         assert "Traceback" not in result.stderr and not (out / "manifest.json").exists()
         refused = run(flags(data=out, out_dir=tmp_path / "log"))
         assert refused.returncode == 2 and "are not all there" in refused.stderr
         handler.trouble = None
-        result = run(arguments, script=SCRIPT, **environment)
+        result = run(arguments, script=FINEWEB_SCRIPT, **environment)
         assert result.returncode == 0, result.stderr
     for path in ready_made.glob("*.bin"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -640,7 +590,7 @@ def test_a_download_that_fails_is_not_trusted_and_goes_on(what, ready_made, shar
 
 def test_train_gpt2_runs_on_the_shards(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", [TEXT[i:i + 3000] for i in range(0, len(TEXT), 3000)])
-    result = run(command(source=source, out=tmp_path / "data", max_tokens=60_000, shard_size=20_000)[2:], script=SCRIPT)
+    result = run_fineweb(source=source, out=tmp_path / "data", max_tokens=60_000, shard_size=20_000)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2].startswith("finished: 60,000 tokens of ")
     assert "tokens/s" in result.stdout and "3 shards" in result.stdout

@@ -1,12 +1,25 @@
-"""--dtype float16: a gradient scaler that overflows are left to, and that resumes and several ranks agree on."""
+"""--dtype float16: a gradient scaler that overflows are left to, and that resumes and several ranks agree on.
+
+    pytest tests/test_float16.py
+"""
 import math
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, flags, needs, read_log, run
-from test_train import PoisonedLoss, assert_same_run, final_state, same, train_in_process
+from helpers import (
+    ENCODING,
+    PoisonedLoss,
+    assert_same_run,
+    final_state,
+    flags,
+    needs,
+    read_log,
+    run,
+    same,
+    train_in_process,
+)
 
 import train_gpt2
 from plumbing import checkpoint

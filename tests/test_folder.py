@@ -1,12 +1,14 @@
-"""A run's folder that is renamed, deleted or taken while the run lives; files in it that are another's."""
+"""A run's folder that is renamed, deleted or taken while the run lives; files in it that are another's.
+
+    pytest tests/test_folder.py
+"""
 import errno
 import json
 import os
 import threading
 
 import pytest
-from conftest import flags, read_log, write_shards
-from test_train import assert_same_run
+from helpers import assert_same_run, flags, read_log, write_shards
 
 import train_gpt2
 from plumbing import files, run_folder

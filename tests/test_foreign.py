@@ -1,14 +1,15 @@
-"""Checkpoints of other programs: nanoGPT's and build-nanogpt's are read, and run no code; others are named."""
+"""Checkpoints of other programs: nanoGPT's and build-nanogpt's are read, and run no code; others are named.
+
+    pytest tests/test_foreign.py
+"""
 import concurrent.futures
 import os
 import struct
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, run
+from helpers import ENCODING, ROOT, flags, nanogpt, needs, run, write_build_nanogpt
 
 from plumbing import checkpoint, foreign, models
 from plumbing.checkpoint import CheckpointError
@@ -35,41 +36,6 @@ def make_theirs(biases=True, **changes):
     weights = {name: (weight.t() if name.endswith(CONV1D) else weight).contiguous()
                for name, weight in model.state_dict().items() if biases or not name.endswith(".bias")}
     return model, weights
-
-
-def nanogpt(weights, prefix="_orig_mod.", biases=True, **changes) -> dict:
-    """What nanoGPT's train.py saves as ckpt.pt."""
-    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": biases, "vocab_size": 50304,
-                 "dropout": 0.0, **changes}
-    return {"model": {prefix + key: weight for key, weight in weights.items()}, "optimizer": {"state": {}},
-            "model_args": arguments, "iter_num": 2000, "best_val_loss": torch.tensor(3.1), "config": {"out_dir": "out"}}
-
-
-BUILD_NANOGPT = """
-import sys, torch
-from dataclasses import dataclass
-
-@dataclass
-class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-
-config = GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=8)
-torch.save({"model": torch.load(sys.argv[1]), "config": config, "step": 19072, "val_loss": 3.07}, sys.argv[2])
-"""
-
-
-def write_build_nanogpt(path, weights):
-    """Write a checkpoint as build-nanogpt's script does: its configuration is an object of its __main__."""
-    torch.save(weights, path.with_name("weights.tmp"))
-    (path.parent / "theirs.py").write_text(BUILD_NANOGPT)
-    subprocess.run([sys.executable, path.parent / "theirs.py", path.with_name("weights.tmp"), path], check=True)
-    for name in ("theirs.py", "weights.tmp"):
-        (path.parent / name).unlink()
-    return path
 
 
 def same_logits(source, theirs):

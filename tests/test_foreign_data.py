@@ -1,4 +1,7 @@
-"""Data that are not GPT-2 tokens, and texts that are not plain UTF-8: refused by name, with what to type."""
+"""Data that are not GPT-2 tokens, and texts that are not plain UTF-8: refused by name, with what to type.
+
+    pytest tests/test_foreign_data.py
+"""
 import gzip
 import json
 import pickle
@@ -7,7 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENCODING, ROOT, flags, make_loader, needs, run, write_shards
+from helpers import ENCODING, ROOT, flags, make_loader, needs, run, write_shards
 
 from plumbing import file_kinds, shards, text_file
 from plumbing.files import DataError

@@ -1,4 +1,7 @@
-"""generate.py against transformers' generate and its own filters, and as a person uses it: streams, pipes, prompts."""
+"""generate.py against transformers' generate and its own filters, and as a person uses it: streams, pipes, prompts.
+
+    pytest tests/test_generate.py
+"""
 import functools
 import os
 import signal
@@ -7,8 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, command, flags, needs, read_log, run
-from test_model import random_gpt2
+from helpers import ENCODING, ROOT, command, flags, needs, random_gpt2, read_log, run
 
 import generate as generate_command
 from generate import GenerateConfig, continuations

@@ -1,11 +1,13 @@
-"""What only a CUDA GPU can show; `pytest -m gpu -n0` runs it if there is one, each run in a process of its own."""
+"""What only a CUDA GPU can show, each run in a process of its own.
+
+    pytest tests/test_gpu.py -m gpu -n0
+"""
 import functools
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, read_log, run
-from test_train import assert_same_run, final_state
+from helpers import ENCODING, ROOT, assert_same_run, final_state, flags, needs, read_log, run
 
 import hellaswag
 from plumbing import machine
@@ -52,7 +54,7 @@ def test_a_deterministic_run_is_killed_and_resumed_bit_by_bit(compiled, shard_fo
 
 @needs(*ENCODING, "transformers")
 def test_hellaswag_s_losses_are_those_of_the_cpu(tmp_path):
-    from test_model import random_gpt2  # which needs transformers
+    from helpers import random_gpt2  # which needs transformers
 
     random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=64, n_positions=256)
     path, losses = ROOT / "tests" / "hellaswag_examples.jsonl", {}
@@ -68,7 +70,7 @@ def test_hellaswag_s_losses_are_those_of_the_cpu(tmp_path):
 
 @needs("transformers")
 def test_text_is_that_of_the_cpu(tmp_path):
-    from test_model import random_gpt2
+    from helpers import random_gpt2
 
     random_gpt2(tmp_path, std=0.1, n_layer=2, n_head=2, n_embd=64, n_positions=64)
     model, idx = GPT.load(tmp_path), torch.randint(0, 50257, (2, 9))

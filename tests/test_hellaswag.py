@@ -19,12 +19,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODING, ROOT, command, flags, needs, read_log, run
+from helpers import (
+    ENCODING,
+    OURS,
+    ROOT,
+    command,
+    flags,
+    lm_eval_samples,
+    needs,
+    random_gpt2,
+    read_log,
+    run,
+    vocabulary,
+    wilson_ends,
+)
 from hub import hub, with_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import random_gpt2
-from test_tokenizer import vocabulary
 
 import hellaswag
 import train_gpt2
@@ -37,7 +48,6 @@ from train_gpt2 import GPT, GPTConfig
 
 pytestmark = needs(*ENCODING, "transformers")
 
-OURS = Path(__file__).with_name("hellaswag_examples.jsonl")  # 30 examples of our own in the official schema
 SIZE = OURS.stat().st_size
 CPU = torch.device("cpu")
 
@@ -62,13 +72,6 @@ def plain_losses(theirs, example) -> tuple[list[float], list[float]]:
         sums.append(losses.sum().item())
         means.append(losses.mean().item())
     return sums, means
-
-
-def wilson_ends(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The accuracies from which `right` of n are just z standard deviations away: the roots of a quadratic equation."""
-    p = right / n
-    ends = np.roots([n + z**2, -(2 * n * p + z**2), n * p**2])
-    return tuple(sorted(max(0.0, float(end)) for end in np.real(ends)))
 
 
 @pytest.mark.parametrize("right, n, said", [
@@ -253,34 +256,6 @@ def test_any_tokens_have_the_losses_of_their_rows_read_alone(data):
 
 
 # --------------------------------------------------------------------------------------------------------- the harness
-
-def lm_eval_samples(folder: Path, data: Path, cache: Path) -> tuple[list[dict], dict]:
-    """lm-eval's own samples and results on a transformers folder, with its own HellaSwag task and a local file."""
-    script = """
-import json, sys
-import lm_eval, yaml
-from pathlib import Path
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks.hellaswag import utils
-class Loader(yaml.SafeLoader):
-    pass
-Loader.add_constructor("!function", lambda loader, node: utils.process_docs)
-config = yaml.load((Path(utils.__file__).parent / "hellaswag.yaml").read_text(), Loader)
-del config["tag"], config["training_split"]
-config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": sys.argv[2]}}}
-model = HFLM(pretrained=sys.argv[1], device="cpu", dtype="float32", batch_size=8)
-result = lm_eval.simple_evaluate(model, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
-samples = [{"losses": [-float(loss) for loss, _ in sample["filtered_resps"]], "choices": sample["doc"]["choices"],
-            "acc": sample["acc"], "acc_norm": sample["acc_norm"]} for sample in result["samples"]["hellaswag"]]
-json.dump([samples, result["results"]["hellaswag"]], open(sys.argv[3], "w"))
-"""
-    (cache / "harness.py").write_text(script)
-    result = run([folder, data, cache / "samples.json"], script=cache / "harness.py", HF_HOME=str(cache / "hf"),
-                 HF_DATASETS_OFFLINE="1")
-    assert result.returncode == 0, result.stderr
-    return json.loads((cache / "samples.json").read_text())
-
 
 def save_tokenizer(folder: Path) -> None:
     """GPT-2's tokenizer in transformers' layout, from OpenAI's own vocabulary files."""

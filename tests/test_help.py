@@ -1,30 +1,21 @@
-"""--help reads well, shows what applies, and a mistyped flag is told what to write: pytest tests/test_help.py"""
+"""--help reads well, shows what applies, and a mistyped flag is told what to write.
+
+    pytest tests/test_help.py
+"""
 import dataclasses
-import importlib
 import re
 import shlex
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from conftest import ROOT, run, write_shards
+from helpers import ROOT, command_configs, run, write_shards
 
-import export_hf
-import fineweb
-import generate
-import hellaswag
-import plot
 import train_gpt2
 from plumbing import flag_help
 from plumbing.cli import UserError, parse_flags
 
-CONFIGS = {  # dataclass and arguments without a flag of each command
-    "train_gpt2": (train_gpt2.TrainConfig, ()), "fineweb": (fineweb.FineWebConfig, ()),
-    "hellaswag": (hellaswag.HellaSwagConfig, ()), "generate": (generate.GenerateConfig, ()),
-    "export_hf": (export_hf.ExportConfig, ("model", "out")), "plot": (plot.PlotConfig, ("runs",)),
-    **{f"bench.{path.stem}": (importlib.import_module(f"bench.{path.stem}").BenchConfig, ())
-       for path in sorted((ROOT / "bench").glob("*.py")) if path.stem not in ("__init__", "peers")},
-}
+CONFIGS = command_configs()
 
 
 def help_of(name: str, capsys, argv=()) -> str:

@@ -1,8 +1,11 @@
-"""Where code lies: every .py file at the top is a command; what is only imported is in plumbing/."""
+"""Where code lies: every .py file at the top is a command; what is only imported is in plumbing/.
+
+    pytest tests/test_layout.py
+"""
 import ast
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 COMMANDS = {path.stem for path in ROOT.glob("*.py")}
 PLUMBING = {path.stem for path in (ROOT / "plumbing").glob("*.py")}
@@ -78,3 +81,18 @@ def test_what_replaces_a_function_takes_any_arguments(path):
     """So that a new argument of a function breaks no test that is not about it."""
     for function in replacements(ast.parse(path.read_text(encoding="utf-8"))):
         assert function.args.vararg and function.args.kwarg, f"line {function.lineno}: give it *_ and **__"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.name)
+def test_a_test_file_begins_with_the_command_that_runs_it_and_takes_nothing_from_another(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert f"\n    pytest tests/{path.name}" in (ast.get_docstring(tree, clean=False) or "")
+    assert not [name for name in imported(path) if name.startswith(("test_", "conftest"))]
+
+
+def test_conftest_holds_fixtures_and_hooks_alone():
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions
+    for function in functions:
+        assert function.name.startswith("pytest_") or "fixture" in ast.unparse(function.decorator_list[0])

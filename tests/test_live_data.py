@@ -1,4 +1,7 @@
-"""Shards that change under a live run, a thousand of them, and what a run calls the same data."""
+"""Shards that change under a live run, a thousand of them, and what a run calls the same data.
+
+    pytest tests/test_live_data.py
+"""
 import os
 import resource
 import shutil
@@ -7,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import flags, make_loader, read_log, run, write_shards
+from helpers import flags, make_loader, read_log, run, write_shards
 
 import train_gpt2
 from plumbing import checkpoint, shards

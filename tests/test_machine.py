@@ -1,11 +1,14 @@
-"""What is chosen for a machine: device, dtype, compiler, memory. Functions put in torch.cuda's place play the GPU."""
+"""What is chosen for a machine: device, dtype, compiler, memory. Functions put in torch.cuda's place play the GPU.
+
+    pytest tests/test_machine.py
+"""
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, read_log, run
+from helpers import ENCODING, ROOT, flags, needs, read_log, run
 
 import train_gpt2
 from plumbing import machine

@@ -1,4 +1,7 @@
-"""The model against transformers' GPT-2, and against what the paper and the formulas say."""
+"""The model against transformers' GPT-2, and against what the paper and the formulas say.
+
+    pytest tests/test_model.py
+"""
 import math
 import os
 import platform
@@ -8,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT, random_gpt2
 from safetensors.torch import load_file, save_file
 
 from plumbing import machine
@@ -18,16 +21,6 @@ from train_gpt2 import GPT, MODELS, PADDED_VOCAB_SIZE, GPTConfig
 transformers = pytest.importorskip("transformers")
 
 SMALL = GPTConfig(block_size=24, vocab_size=211, n_layer=3, n_head=4, n_embd=32)
-
-
-def random_gpt2(folder, std=0.2, **shape):
-    """A GPT-2 of transformers' own with random weights, biases and LayerNorms too, saved to `folder`."""
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])

@@ -7,8 +7,7 @@ import os
 import shutil
 
 import pytest
-from conftest import ENCODING, ROOT, flags, needs, run, write_shards
-from test_plot import write_log
+from helpers import ENCODING, ROOT, flags, needs, run, write_log, write_shards
 
 import export_hf
 import hellaswag

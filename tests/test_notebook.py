@@ -1,4 +1,8 @@
-"""The quickstart notebook is whole, private and true: pytest tests/test_notebook.py; -m slow executes it anew."""
+"""The quickstart notebook is whole, private and true.
+
+    pytest tests/test_notebook.py
+    pytest tests/test_notebook.py -m slow    # executes it anew
+"""
 import base64
 import json
 import re
@@ -7,8 +11,7 @@ import socket
 from typing import NamedTuple
 
 import pytest
-from conftest import ENCODING, needs
-from test_help import CONFIGS
+from helpers import ENCODING, command_configs, needs
 
 from plumbing.cli import parse_flags
 from plumbing.published import DEMO
@@ -77,7 +80,7 @@ def test_the_commands_of_the_notebook_have_flags_that_exist(cells):
     commands = re.findall(r"^!?python (\w+)\.py\b(.*)$", sources, re.MULTILINE)
     assert {name for name, _ in commands} >= {"train_gpt2", "fineweb", "generate", "plot"}
     for name, words in commands:
-        config, positional = CONFIGS[name]
+        config, positional = command_configs()[name]
         config(**parse_flags(config, shlex.split(words), "", positional))
 
 

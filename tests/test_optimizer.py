@@ -1,10 +1,13 @@
-"""The schedule against its formula, the parameter groups against the rule, Muon's share against the blocks."""
+"""The schedule against its formula, the parameter groups against the rule, Muon's share against the blocks.
+
+    pytest tests/test_optimizer.py
+"""
 import copy
 import math
 
 import pytest
 import torch
-from conftest import ROOT, write_shards
+from helpers import ROOT, write_shards
 
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, parse_args
 

@@ -1,13 +1,15 @@
-"""What a transformers folder brings is used or refused by name: its tokenizer, its added tokens, its configuration."""
+"""What a transformers folder brings is used or refused by name: its tokenizer, its added tokens, its configuration.
+
+    pytest tests/test_own_tokenizer.py
+"""
 import functools
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, run, write_shards
+from helpers import ENCODING, ROOT, flags, needs, random_gpt2, run, write_shards
 from safetensors.torch import load_file, save_file
-from test_model import random_gpt2
 
 import generate
 from generate import GenerateConfig, continuations

@@ -11,32 +11,13 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, read_log, run
+from helpers import FINEWEB, ROOT, flags, read_log, run, write_log
 
 import train_gpt2
 from plumbing import curve, files, report, runlog
 
 SCRIPT = ROOT / "plot.py"
 INJECT = ROOT / "tests" / "faults" / "inject.py"
-FINEWEB = "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT"
-
-
-def write_log(folder, steps=40, source=None, hellaswag=False, offset=0.0):
-    """A log.jsonl as training writes it, with round numbers: 2 s and 100 tokens a step -> its folder."""
-    folder.mkdir(parents=True)
-    lines, scores = [{"kind": "run", "config": {"total_batch_size": 100}, "data": {"source": source}}], int(hellaswag)
-    for step in range(steps + 1):
-        loss = offset + 3 + 8 / (1 + step / 4)
-        if step:
-            lines.append({"kind": "train", "step": step, "tokens": 100 * step, "loss": loss, "lr": 1e-4 * step,
-                          "norm": 1, "dt_ms": 2000, "tok_per_s": 50, "mfu": 0.5})
-        if step % 10 == 0:
-            lines.append({"kind": "val", "step": step, "loss": loss + 0.1})
-            lines += [{"kind": "hellaswag", "step": step, "acc_norm": 0.25 + step / 1e5, "acc": 0.3, "n": 9}] * scores
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
 def figure_of(*folders, x="tokens"):
     figure = curve.make_figure({folder.name: curve.read_log(folder) for folder in folders}, x)
     figure.canvas.draw()

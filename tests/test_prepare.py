@@ -13,8 +13,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENCODING, flags, needs, run
-from test_fineweb import TEXT, command, documents, plain, prepare, set_piece_bytes, write_jsonl, write_parquet
+from helpers import (
+    ENCODING,
+    TEXT,
+    documents,
+    fineweb_command,
+    flags,
+    needs,
+    plain_tokens,
+    prepare,
+    run,
+    set_piece_bytes,
+    write_jsonl,
+    write_parquet,
+)
 
 import fineweb
 from plumbing import manifest as manifests
@@ -77,7 +89,7 @@ def test_shards_of_one_s_own_have_the_source_s_name_and_training_takes_them(tmp_
     assert result.returncode == 0 and (tmp_path / "log" / "texts_shards" / "model_000006.pt").exists(), result.stderr
     prepare("--verify", source="train_texts")  # finds the same folder
     prepare(source="train_texts", out="mine", **SMALL)
-    assert tokens_of("mine") == tokens_of("texts_shards") == plain([TEXT[:40_000]]).tolist()
+    assert tokens_of("mine") == tokens_of("texts_shards") == plain_tokens([TEXT[:40_000]]).tolist()
 
 
 def test_the_default_source_and_downloads_keep_build_nanogpt_s_names(tmp_path, monkeypatch):
@@ -129,7 +141,7 @@ def test_fewer_than_two_shards_become_one_of_each_split(fits, limit, piece_bytes
     """Also where the tokens, or --max_tokens, fill the only shard exactly."""
     set_piece_bytes(piece_bytes, monkeypatch)
     texts = [None, *documents(60), "", None]
-    expected = plain(text for text in texts if text is not None)[:limit or None]
+    expected = plain_tokens(text for text in texts if text is not None)[:limit or None]
     size = len(expected) if fits else len(expected) + 100
     prepare(source=write_jsonl(tmp_path / "a.jsonl", texts), out=tmp_path / "out", shard_size=size, max_tokens=limit,
             **SMALL)
@@ -144,7 +156,7 @@ def test_fewer_than_two_shards_become_one_of_each_split(fits, limit, piece_bytes
 @pytest.mark.parametrize("limit", [0, 5000])
 def test_more_than_one_but_fewer_than_two_shards_are_written_again_with_a_share_for_validation(limit, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(60))
-    expected = plain(documents(60))[:limit or None]
+    expected = plain_tokens(documents(60))[:limit or None]
     given = dict(source=source, shard_size=len(expected) * 2 // 3, max_tokens=limit, **SMALL)
     prepare(**given, out=tmp_path / "out")
     share, size = max(len(expected) // 100, 1025), len(expected) * 2 // 3
@@ -160,7 +172,7 @@ def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(s
     """At every write of the manifest, rename of a file and hash of a shard, which are all the steps that last."""
     texts = documents(40)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    total = limit or len(plain(texts))
+    total = limit or len(plain_tokens(texts))
     size = {"one, filled": total, "one": total + 9, "one and a half": total * 2 // 3}[shards]
     given = dict(source=source, shard_size=size, max_tokens=limit, **SMALL)
     prepare(**given, out=tmp_path / "whole")
@@ -201,13 +213,13 @@ def test_a_source_that_grows_keeps_its_validation_split(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "in" / "a.jsonl", documents(40))
     given = dict(source=tmp_path / "in", out=tmp_path / "out", shard_size=30_000, **SMALL)
     prepare(**given)
-    before, first = contents(tmp_path / "out"), plain(documents(40))
+    before, first = contents(tmp_path / "out"), plain_tokens(documents(40))
     write_jsonl(tmp_path / "in" / "b.jsonl", documents(90, 7))
     shutil.copytree(tmp_path / "out", tmp_path / "killed")
     prepare(**given)
     after = contents(tmp_path / "out")
     assert after["in_val_000000.npy"] == before["in_val_000000.npy"] and len(before) == 3 and len(after) > 3
-    assert tokens_of(tmp_path / "out") == [*first.tolist(), *plain(documents(90, 7)).tolist()]
+    assert tokens_of(tmp_path / "out") == [*first.tolist(), *plain_tokens(documents(90, 7)).tolist()]
     prepare("--verify", out=tmp_path / "out")
     add = manifests.Manifest.add
     for _ in range(2):  # killed once a train shard has been written anew
@@ -233,7 +245,7 @@ def test_the_only_shard_of_an_earlier_version_is_kept_until_the_source_grows(tmp
     assert "warning: all are in the validation split: to train on more, name another --out" in said.err
     write_jsonl(tmp_path / "in" / "b.jsonl", documents(10, 7))
     prepare(**given)
-    expected = plain(documents(40) + documents(10, 7))
+    expected = plain_tokens(documents(40) + documents(10, 7))
     assert tokens_of(tmp_path / "out") == expected.tolist() and len(contents(tmp_path / "out")) == 3
 
 
@@ -314,7 +326,7 @@ def test_on_resume_what_is_left_is_honest_and_the_bar_never_falls(kind, tmp_path
     else:
         write_parquet(source / "a.parquet", texts[:150])
         write_jsonl(source / "b.jsonl.gz", texts[150:])
-    total, bars = len(plain(texts)), []
+    total, bars = len(plain_tokens(texts)), []
     size = total // 8
     monkeypatch.setattr(fineweb, "progress_bar", lambda *rest, **__: bars.append(Bar(*rest)) or bars[-1])
     given = dict(source=source, out=tmp_path / "out", shard_size=size, **SMALL)
@@ -342,7 +354,7 @@ def test_bytes_have_the_unit_that_fits():
 @pytest.mark.parametrize("sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_says_that_the_same_command_goes_on(sign, code, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", documents(8000))
-    words = command(source="a.jsonl", shard_size=50_000, tokenizer="tiktoken")
+    words = fineweb_command(source="a.jsonl", shard_size=50_000, tokenizer="tiktoken")
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any((tmp_path / "a_shards").glob("*_train_*.npy")) and process.poll() is None:
         time.sleep(0.01)

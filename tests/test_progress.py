@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, python_path
+from helpers import ROOT, python_path
 
 from plumbing import progress
 

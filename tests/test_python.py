@@ -14,8 +14,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODING, ROOT, flags, needs, python_path, read_log
-from test_train import assert_same_run
+from helpers import ENCODING, ROOT, assert_same_run, flags, needs, python_path, read_log
 
 import train_gpt2
 from plumbing import checkpoint, run_folder

@@ -1,11 +1,13 @@
-"""Several ranks: errors of rank 0 alone reach all of them, and torch.compile changes nothing that a rank computes."""
+"""Several ranks: errors of rank 0 alone reach all of them, and torch.compile changes nothing that a rank computes.
+
+    pytest tests/test_ranks.py
+"""
 import re
 
 import numpy as np
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, flags, read_log, run
-from test_train import assert_same_run, final_state
+from helpers import ROOT, assert_same_run, final_state, flags, read_log, run
 
 from plumbing import checkpoint, ranks, run_folder
 

@@ -1,11 +1,14 @@
-"""What a run records of itself - command, commit, origin - and what it takes for the same experiment."""
+"""What a run records of itself - command, commit, origin - and what it takes for the same experiment.
+
+    pytest tests/test_records.py
+"""
 import shlex
 import subprocess
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, flags, read_log, run
+from helpers import ROOT, flags, read_log, run
 
 import train_gpt2
 from plumbing import checkpoint, machine, ranks, run_folder, runlog

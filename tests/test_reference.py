@@ -1,11 +1,14 @@
-"""What counts as GPT-2 124M: the stored logits are transformers' own, and no changed model has them."""
+"""What counts as GPT-2 124M: the stored logits are transformers' own, and no changed model has them.
+
+    pytest tests/test_reference.py
+"""
 from dataclasses import dataclass, make_dataclass
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import needs
+from helpers import needs
 
 import train_gpt2
 from plumbing import reference

@@ -13,12 +13,23 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, TINY, flags, needs, once, read_log, run, write_shards
+from helpers import (
+    ENCODING,
+    FINEWEB,
+    OURS,
+    ROOT,
+    TINY,
+    flags,
+    needs,
+    once,
+    random_gpt2,
+    read_log,
+    run,
+    run_until,
+    wilson_ends,
+    write_shards,
+)
 from hub import hub, with_gpt2
-from test_hellaswag import OURS, wilson_ends
-from test_model import random_gpt2
-from test_plot import FINEWEB
-from test_train import run_until
 
 import train_gpt2
 from fineweb import FINEWEB_EDU

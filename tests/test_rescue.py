@@ -1,10 +1,12 @@
-"""What an error of any kind leaves behind: the finished steps. And the checkpoint of the lowest validation loss."""
+"""What an error of any kind leaves behind: the finished steps. And the checkpoint of the lowest validation loss.
+
+    pytest tests/test_rescue.py
+"""
 import math
 
 import pytest
 import torch
-from conftest import ENCODING, flags, needs, read_log, run
-from test_train import assert_same_run, final_state, same
+from helpers import ENCODING, assert_same_run, final_state, flags, needs, read_log, run, same
 
 import hellaswag
 import train_gpt2

@@ -1,4 +1,7 @@
-"""A run that goes on on another machine: what is taken over, what is chosen anew, and what is said."""
+"""A run that goes on on another machine: what is taken over, what is chosen anew, and what is said.
+
+    pytest tests/test_resume.py
+"""
 import os
 import sys
 from dataclasses import fields
@@ -6,8 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, read_log
-from test_train import assert_same_run, final_state
+from helpers import TINY, assert_same_run, final_state, flags, read_log
 
 import train_gpt2
 from plumbing import checkpoint, machine

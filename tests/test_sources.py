@@ -1,4 +1,7 @@
-"""What people bring to fineweb.py: files of every kind, sources that were mended or moved, names of datasets."""
+"""What people bring to fineweb.py: files of every kind, sources that were mended or moved, names of datasets.
+
+    pytest tests/test_sources.py
+"""
 import gzip
 import json
 import os
@@ -10,9 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENCODING, needs
+from helpers import (
+    ENCODING,
+    documents,
+    fineweb_command,
+    needs,
+    plain_tokens,
+    prepare,
+    run_fineweb,
+    shards,
+    write_jsonl,
+    write_parquet,
+)
 from hub import COMMIT, hub
-from test_fineweb import command, documents, plain, prepare, run_fineweb, shards, write_jsonl, write_parquet
 
 import fineweb
 from plumbing.cli import UserError
@@ -117,7 +130,7 @@ KINDS = {
 def test_every_kind_of_file_gives_the_tokens_of_its_texts_also_after_a_stop(kind, tmp_path):
     source = KINDS[kind](tmp_path)
     prepare(source=source, out=tmp_path / "out", shard_size=500, **FAST)
-    assert tokens(tmp_path / "out") == plain(TEXTS).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(TEXTS).tolist()
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for k in (0, 3):
         min((tmp_path / "out").glob(f"*{k:06d}.npy")).unlink()
@@ -132,9 +145,9 @@ def test_txt_is_read_as_python_reads_it(tmp_path):
     compressed(tmp_path / "in" / "c.TXT.gz", b"packed")
     (tmp_path / "in" / "README.txt").write_text("about it")
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["one\ntwo\nthree\n", "packed"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["one\ntwo\nthree\n", "packed"]).tolist()
     prepare(source=tmp_path / "in" / "README.txt", out=tmp_path / "asked for", **FAST)
-    assert tokens(tmp_path / "asked for") == plain(["about it"]).tolist()
+    assert tokens(tmp_path / "asked for") == plain_tokens(["about it"]).tolist()
 
 
 def test_a_folder_says_what_it_leaves_out_and_follows_links(tmp_path, capsys):
@@ -149,7 +162,7 @@ def test_a_folder_says_what_it_leaves_out_and_follows_links(tmp_path, capsys):
         (tmp_path / "in" / name).write_text("x")
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
     assert "3 files left out: 2 .md, 1 .zip" in capsys.readouterr().out
-    assert tokens(tmp_path / "out") == plain(["a", "b"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["a", "b"]).tolist()
     (tmp_path / "in" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     refused("gone.jsonl cannot be read", source=tmp_path / "in", out=tmp_path / "two")
 
@@ -196,7 +209,7 @@ def test_other_encodings_are_refused_with_a_command_that_works(code, suffix, tmp
     shell = line[line.index("iconv"):].partition(" (")[0]
     assert subprocess.run(shell, shell=True, cwd=tmp_path).returncode == 0
     prepare(source=tmp_path / f"utf8_a.{suffix}", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["déjà vu"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["déjà vu"]).tolist()
 
 
 CHAT = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], [{"role": "user", "content": "x"}]]
@@ -212,7 +225,7 @@ def test_a_column_of_lists_names_a_command_that_works(kind, values, expected, tm
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     assert subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
     prepare(source=tmp_path / "texts.jsonl", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(expected).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(expected).tolist()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "arrow"])
@@ -222,7 +235,7 @@ def test_a_key_inside_an_object_is_a_column(kind, tmp_path):
     source = write(tmp_path / f"a.{kind}", rows)
     assert "--text_column of text.text" in refused("text", source=source, out=tmp_path / "out")
     prepare(source=source, text_column="text.text", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["one", "two"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["one", "two"]).tolist()
     refused("choose a --text_column of", source=source, text_column="text.body", out=tmp_path / "two")
 
 
@@ -278,7 +291,7 @@ def test_the_line_that_names_the_columns_is_found(head, tmp_path):
     blank = b" " if b", text" in head else b""
     (tmp_path / "a.csv").write_bytes(head + b'1,%b"one, two"\n2,%bthree\n' % (blank, blank))
     prepare(source=tmp_path / "a.csv", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["one, two", "three"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["one, two", "three"]).tolist()
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -298,13 +311,13 @@ def test_json_in_every_form_in_which_tables_are_written(form, indent, tmp_path):
     if form == "lines":
         (tmp_path / "a.json").rename(tmp_path / "a.jsonl")
     prepare(source=tmp_path, out=tmp_path / "out", text_column=column, **FAST)
-    assert tokens(tmp_path / "out") == plain(texts).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(texts).tolist()
 
 
 def test_one_json_object_is_one_row_and_a_list_in_a_line_is_no_table(tmp_path):
     (tmp_path / "a.json").write_text('{"text": "one", "tags": ["a", "b"], "parts": [{"x": "y"}]}')
     prepare(source=tmp_path / "a.json", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["one"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["one"]).tolist()
     for value in ({"text": ["a", "b"], "id": 1}, {"text": {"body": "a"}}):
         (tmp_path / "a.json").write_text(json.dumps(value))
         refused("under 'text'", source=tmp_path / "a.json", out=tmp_path / "two")
@@ -320,14 +333,14 @@ def test_a_parquet_file_without_rows_and_empty_files_are_no_obstacle(tmp_path):
     refused("there is no text in", source=tmp_path / "in", out=tmp_path / "out")
     write_jsonl(tmp_path / "in" / "c.jsonl", ["text"])
     prepare(source=tmp_path / "in", out=tmp_path / "out", max_tokens=10**12, **FAST)
-    assert tokens(tmp_path / "out") == plain(["text"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["text"]).tolist()
 
 
 def test_marks_stay_text_and_are_said_once(tmp_path, capsys):
     texts = ["one\n<|endoftext|>\ntwo<|endoftext|>", "<|endoftext|>", "none", "end of text"]
     prepare(source=write_jsonl(tmp_path / "a.jsonl", texts), out=tmp_path / "out")
     said = capsys.readouterr().err
-    assert tokens(tmp_path / "out") == plain(texts).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(texts).tolist()
     assert said.count("<|endoftext|> 3 times") == 1
     (tmp_path / "FILE.txt").write_text(texts[0])
     shell = said[said.index("python -c"):].splitlines()[0].replace("python -c", f"{sys.executable} -c")
@@ -357,11 +370,11 @@ def test_bad_rows_are_skipped_counted_and_named_also_after_a_stop(tmp_path, caps
     line = refused("line 8 is not a JSON object", source=source, out=tmp_path / "out", shard_size=500)
     assert "--skip_bad_rows" in line
     kept = len(list((tmp_path / "out").glob("*.npy")))
-    assert kept == len(plain(good[:7])) // 500  # all shards before the bad row
+    assert kept == len(plain_tokens(good[:7])) // 500  # all shards before the bad row
     for _ in range(2):
         prepare("--skip_bad_rows", source=source, out=tmp_path / "out", shard_size=500, **FAST)
         said = capsys.readouterr().err
-        assert tokens(tmp_path / "out") == plain(good).tolist()
+        assert tokens(tmp_path / "out") == plain_tokens(good).tolist()
         assert manifest(tmp_path / "out")["skipped_rows"] == 15
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     for k in (0, 3, 20, kept + 9):
@@ -369,7 +382,7 @@ def test_bad_rows_are_skipped_counted_and_named_also_after_a_stop(tmp_path, caps
         prepare("--skip_bad_rows", source=source, out=tmp_path / "out", shard_size=500, **FAST)
         said = capsys.readouterr().err
         assert (tmp_path / "out" / "manifest.json").read_bytes() == before
-        assert tokens(tmp_path / "out") == plain(good).tolist()
+        assert tokens(tmp_path / "out") == plain_tokens(good).tolist()
         assert said.count("skipped: ") <= 10 and (k or f"{source}: line 8 " in said)
 
 
@@ -377,7 +390,7 @@ def test_bad_records_of_a_table_are_skipped_too(tmp_path, capsys):
     (tmp_path / "a.csv").write_bytes(b'id,text\n1,"one, two"\n2,a,b\n3,"x" y\n\n4,\xe9\n5,last\n')
     refused("line 3 has 3 fields", source=tmp_path / "a.csv", out=tmp_path / "out")
     prepare("--skip_bad_rows", source=tmp_path / "a.csv", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(["one, two", "last"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(["one, two", "last"]).tolist()
     said = capsys.readouterr()
     assert "(3 bad rows skipped)" in said.out
     assert all(f"a.csv: line {line} " in said.err.replace(f"line {line}:", f"line {line} ") for line in (3, 4, 6))
@@ -394,7 +407,7 @@ def test_a_damaged_row_group_is_skipped_as_a_whole(tmp_path, capsys):
     prepare("--skip_bad_rows", source=source, out=tmp_path / "out", shard_size=30_000, **FAST)
     skipped, said = manifest(tmp_path / "out")["skipped_rows"], capsys.readouterr().err
     assert f"rows {600 - skipped + 1} to 600 cannot be read" in said and 0 < skipped <= 300
-    assert tokens(tmp_path / "out") == plain(texts[:600 - skipped] + texts[600:]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(texts[:600 - skipped] + texts[600:]).tolist()
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     min((tmp_path / "out").glob("*000005.npy")).unlink()
     prepare("--skip_bad_rows", source=source, out=tmp_path / "out", shard_size=30_000, **FAST)
@@ -413,7 +426,7 @@ def test_the_rest_of_a_file_that_is_cut_off_is_skipped(tmp_path, capsys):
     prepare("--skip_bad_rows", source=tmp_path / "in", out=tmp_path / "out", **FAST)
     found = tokens(tmp_path / "out")
     assert manifest(tmp_path / "out")["skipped_rows"] == 2
-    assert found[-2:] == plain(["last"]).tolist() and found[:-2] == plain(texts).tolist()[:len(found) - 2]
+    assert found[-2:] == plain_tokens(["last"]).tolist() and found[:-2] == plain_tokens(texts).tolist()[:len(found) - 2]
     assert "counted as one" in capsys.readouterr().err
 
 
@@ -449,18 +462,18 @@ def test_a_later_file_that_is_mended_keeps_every_finished_shard(four_files, tmp_
     arguments = dict(source=folder, out=tmp_path / "out", shard_size=1000)
     refused("2.jsonl: line 30 ", **arguments)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
-    assert len(before) == len(plain(parts[0] + parts[1] + parts[2][:29])) // 1000
+    assert len(before) == len(plain_tokens(parts[0] + parts[1] + parts[2][:29])) // 1000
     (folder / "2.jsonl").write_bytes(good)
     (folder / "3.jsonl").write_bytes(write_jsonl(tmp_path / "new.jsonl", documents(9, 7)).read_bytes())
     write_jsonl(folder / "4.jsonl", documents(9, 8))
     prepare(**arguments, **FAST)
     assert "finished shards are of what is unchanged" in capsys.readouterr().out
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}.items()
-    expected = plain(parts[0] + parts[1] + parts[2] + documents(9, 7) + documents(9, 8)).tolist()
+    expected = plain_tokens(parts[0] + parts[1] + parts[2] + documents(9, 7) + documents(9, 8)).tolist()
     assert tokens(tmp_path / "out") == expected
     write_jsonl(folder / "5.jsonl", documents(9, 9))  # and more, when all is finished
     prepare(**arguments, **FAST)
-    assert tokens(tmp_path / "out") == expected + plain(documents(9, 9)).tolist()
+    assert tokens(tmp_path / "out") == expected + plain_tokens(documents(9, 9)).tolist()
     prepare("--verify", out=tmp_path / "out")
 
 
@@ -475,7 +488,7 @@ def test_a_finished_folder_that_cannot_be_extended_yet_is_kept(tmp_path):
         assert (tmp_path / "out" / "in_val_000000.npy").read_bytes() == shard
     write_jsonl(tmp_path / "in" / "b.jsonl", documents(9, 5))
     prepare(source=tmp_path / "in", out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(documents(9) + documents(9, 5)).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(documents(9) + documents(9, 5)).tolist()
     prepare("--verify", out=tmp_path / "out")
 
 
@@ -487,7 +500,7 @@ def test_shards_of_before_that_are_not_written_again_go(tmp_path):
     (tmp_path / "out" / "in_train_000001.npy").unlink()
     write_jsonl(tmp_path / "in" / "b.jsonl", ["short"])
     prepare(source=tmp_path / "in", out=tmp_path / "out", shard_size=500, **FAST)
-    assert tokens(tmp_path / "out") == plain([*documents(20), "short"]).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens([*documents(20), "short"]).tolist()
     prepare("--verify", out=tmp_path / "out")
 
 
@@ -527,7 +540,7 @@ def test_the_same_source_under_another_name_continues(tmp_path, monkeypatch):
             if k:
                 min(Path("out").glob(f"*{k:06d}.npy")).unlink()
             prepare(source=source, out="out", shard_size=1000, **FAST)
-            assert tokens("out") == plain(texts).tolist()
+            assert tokens("out") == plain_tokens(texts).tolist()
             assert {**manifest("out"), "source": None} == {**before, "source": None}
     write_jsonl(tmp_path / "elsewhere" / "b.jsonl", documents(30, 5))
     refused(r"out was made from .*, not from elsewhere", source="elsewhere", out="out", shard_size=1000)
@@ -562,7 +575,7 @@ def test_a_manifest_of_the_earlier_form_is_continued(finished, tmp_path):
             path.unlink()
     (tmp_path / "out" / ("manifest.json" if finished else "progress.json")).write_text(json.dumps(record))
     prepare(**values, **FAST)
-    assert tokens(tmp_path / "out") == plain(texts).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(texts).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,13 +597,13 @@ def test_a_try_without_a_shard_binds_nobody_and_leaves_nothing(tmp_path):
     np.save(tmp_path / "out" / "killed.npy", np.zeros(3, np.uint16))  # before it was recorded
     (tmp_path / "out" / "killed.npy").rename(tmp_path / "out" / "edufineweb_val_000000.npy")
     prepare(source=source, out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(documents(9)).tolist()
+    assert tokens(tmp_path / "out") == plain_tokens(documents(9)).tolist()
     for path in (tmp_path / "out").glob("*.*n*"):
         path.unlink()
     (tmp_path / "out" / "progress.json").write_text(json.dumps(settings))
     assert not has_shards(tmp_path / "out")
     prepare(source=source, out=tmp_path / "out", **FAST)
-    assert tokens(tmp_path / "out") == plain(documents(9)).tolist() and has_shards(tmp_path / "out")
+    assert tokens(tmp_path / "out") == plain_tokens(documents(9)).tolist() and has_shards(tmp_path / "out")
 
 
 def test_a_folder_without_shards_does_not_block_the_demo(tmp_path, monkeypatch):
@@ -666,11 +679,11 @@ def test_datasets_are_read_under_all_their_names_and_continue(tmp_path):
         for name in names:
             result = run_fineweb(source=name, out=tmp_path / "out", **FAST, **{"environment": environment})
             assert result.returncode == 0, result.stderr
-        assert tokens(tmp_path / "out") == plain(["parquet", "a document", "table"]).tolist()
+        assert tokens(tmp_path / "out") == plain_tokens(["parquet", "a document", "table"]).tolist()
         result = run_fineweb(source="some/texts@refs/convert/parquet/data/b.txt", out=tmp_path / "one", **FAST,
                              environment=environment)
         assert result.returncode == 0, result.stderr
-        assert tokens(tmp_path / "one") == plain(["a document"]).tolist()
+        assert tokens(tmp_path / "one") == plain_tokens(["a document"]).tolist()
 
 
 @pytest.mark.parametrize("status, code, advice", [(403, "GatedRepo", "accept its conditions"),
@@ -692,4 +705,4 @@ def test_a_dataset_that_is_gated_or_private_says_what_to_do(status, code, advice
 def test_the_command_that_continues_can_be_typed():
     config = fineweb.FineWebConfig(source="my texts", skip_bad_rows=True)
     assert shlex.split(config.command)[2:] == ["--source", "my texts", "--skip_bad_rows"]
-    assert command(source="x")
+    assert fineweb_command(source="x")

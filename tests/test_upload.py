@@ -1,8 +1,10 @@
-"""export_hf.py --push_to_hub: the real client uploads to a hub on loopback; what was exported stays in any case."""
+"""export_hf.py --push_to_hub: the real client uploads to a hub on loopback; what was exported stays in any case.
+
+    pytest tests/test_upload.py
+"""
 import pytest
-from conftest import ENCODING, ROOT, needs, run
+from helpers import ENCODING, ROOT, needs, random_gpt2, run
 from hub import hub
-from test_model import random_gpt2
 
 pytestmark = needs(*ENCODING, "transformers")
 SCRIPT = ROOT / "export_hf.py"

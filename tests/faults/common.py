@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conftest import ROOT, Forked, command, flags, python_path, write_shards
+from helpers import ROOT, Forked, command, flags, python_path, write_shards
 
 from plumbing import checkpoint
 

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import ROOT, flags, write_shards
+from helpers import ROOT, flags, write_shards
 from faults.common import Row, checkpoint_steps, finish, start, wait_for
 
 LONG = {"max_steps": 240, "val_every": 40, "checkpoint_every": 20}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
-from conftest import ROOT, TINY, make_loader, run, write_shards
+from helpers import ROOT, TINY, make_loader, run, write_shards
 from faults.common import Row
 from faults.fuzz_data import fuzz_data, npy
 from faults.fuzz_models import fuzz_models

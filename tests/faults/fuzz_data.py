@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import hypothesis.strategies as st
 import numpy as np
-from conftest import ROOT, make_loader
+from helpers import ROOT, make_loader
 
 import fineweb
 from plumbing import manifest, resuming, text_file, texts, tokenizer

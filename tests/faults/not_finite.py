@@ -3,7 +3,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import flags, read_log, write_shards
+from helpers import flags, read_log, write_shards
 from faults.common import Row, checkpoint_steps, finish, start
 
 from plumbing import checkpoint

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import read_log
+from helpers import read_log
 
 from plumbing import cli
 from faults.common import (

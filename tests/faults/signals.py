@@ -4,7 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from helpers import ROOT
 from faults.common import Row, checkpoint_steps, digest, finish, last_step, run_flags, start, wait_for, whole_digest
 
 PLACES = {"step": 20, "validation": 14, "hellaswag": 3, "sample": 2, "write": 3}  # and at which pass of it

@@ -4,7 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import flags, write_shards
+from helpers import flags, write_shards
 from faults.common import DUE, Row, finish, left_by, said, start
 
 

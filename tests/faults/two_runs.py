@@ -2,7 +2,7 @@
 import tempfile
 from pathlib import Path
 
-from conftest import flags, write_shards
+from helpers import flags, write_shards
 from faults.common import Row, finish, kill_all, start, wait_for
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, flags, run, write_shards
+from helpers import ROOT, flags, run, write_shards
 from faults.common import Row
 from faults.corrupt import SHAPE, write_run
 
