@@ -313,7 +313,7 @@ def configure_optimizers(model: GPT, config: TrainConfig, device: torch.device) 
     """Make AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Weight decay is for tensors of two or more dimensions; the betas are GPT-3's. Muon's updates are
-    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both. `eager` saves an import.
     """
     by_muon = {}
     if config.optimizer == "muon":
@@ -324,9 +324,9 @@ def configure_optimizers(model: GPT, config: TrainConfig, device: torch.device) 
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), fused=fused)]
+    optimizers = [machine.eager(torch.optim.AdamW)(groups, lr=config.max_lr, betas=(0.9, 0.95), fused=fused)]
     if by_muon:
-        optimizers.append(torch.optim.Muon(
+        optimizers.append(machine.eager(torch.optim.Muon)(
             by_muon.values(), lr=config.max_lr, weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw"))
     return optimizers

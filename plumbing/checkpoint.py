@@ -176,8 +176,12 @@ MOMENTS = {  # what an optimizer keeps of a parameter; PyTorch reads and writes 
 
 
 def check_moments(optimizer, stored: dict) -> None:
-    """Raise ValueError, KeyError or TypeError unless `stored` has the groups and the shapes of this optimizer."""
-    parameters, groups, expected = [], stored["param_groups"], MOMENTS[type(optimizer)]
+    """Raise ValueError, KeyError or TypeError unless `stored` has the groups and the shapes of this optimizer.
+
+    Of an optimizer that is not in MOMENTS only the groups are known.
+    """
+    parameters, groups = [], stored["param_groups"]
+    expected = next((names for kind, names in MOMENTS.items() if isinstance(optimizer, kind)), None)
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
         raise ValueError("its groups have other sizes")
     for group, before in zip(optimizer.param_groups, groups):
@@ -188,7 +192,7 @@ def check_moments(optimizer, stored: dict) -> None:
     # before the first update there is nothing yet, of any parameter
     if stored["state"].keys() - dict(parameters) or len(stored["state"]) not in (0, len(parameters)):
         raise ValueError(f"it is of {len(stored['state'])} tensors, not {len(parameters)}")
-    for index, parameter in parameters if stored["state"] else ():
+    for index, parameter in parameters if stored["state"] and expected else ():
         moments = stored["state"][index]
         if moments.keys() != expected:
             raise ValueError(f"of tensor {index} there are {', '.join(map(str, moments))}")

@@ -10,6 +10,7 @@
     explained_errors(config)                        a context in which the libraries' errors say what to do
     known_peak(device, dtype)                       the denominator of MFU, None if it is unknown
     measured_peak(device, dtype)                    the same, measured
+    eager(optimizer_class)                          an optimizer of torch.optim that starts without torch.compile
     keep_freed_memory()                             no page faults for buffers of the last step
 
 `world` is a plumbing.ranks.World.
@@ -19,6 +20,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import inspect
 import os
 import re
 import subprocess
@@ -233,6 +235,18 @@ def flops_per_token(model, T: int) -> int:
     """Count the operations per training token: 6N + 12LCT (Chowdhery et al. 2022, app. B), N without positions."""
     N = sum(weight.numel() for name, weight in model.named_parameters() if ".wpe." not in name)
     return 6 * N + 12 * model.config.n_layer * model.config.n_embd * T
+
+
+def eager(optimizer_class: type) -> type:
+    """Return a class like this one of torch.optim that never imports torch._dynamo, which takes more than a second.
+
+    PyTorch wraps methods of its optimizers for those who compile them, and the wrappers import it. Nobody compiles
+    ours, so they get the functions inside the wrappers, which compute the same; hooks and profiler labels stay.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer_class.step))
+    return type(optimizer_class.__name__, (optimizer_class,), methods)
 
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:

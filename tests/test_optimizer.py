@@ -4,11 +4,14 @@
 """
 import copy
 import math
+import shutil
 
 import pytest
 import torch
-from helpers import ROOT, write_shards
+from helpers import ROOT, assert_same_run, flags, read_log, write_shards
 
+import train_gpt2
+from plumbing import machine
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, get_lr, parse_args
 
 CPU = torch.device("cpu")
@@ -74,6 +77,20 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert by_muon == {f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in kinds}
     assert by_adamw == set(names.values()) - by_muon
     assert [group["momentum"] for group in muon.param_groups] == [0.95]
+
+
+def test_muon_s_updates_have_the_size_of_adamw_s():
+    """Their root mean square is 0.2 of the learning rate for matrices of any shape (Liu et al. 2025, equation 4)."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=64))
+    config = TrainConfig(optimizer="muon", max_lr=0.01, min_lr=0.0, weight_decay=0.0)
+    _, muon = configure_optimizers(model, config, CPU)
+    (group,) = muon.param_groups
+    before = [p.detach().clone() for p in group["params"]]
+    for p in group["params"]:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    sizes = [(p.detach() - old).square().mean().sqrt().item() / 0.01 for p, old in zip(group["params"], before)]
+    assert len(sizes) == 4 and sizes == pytest.approx([0.2] * 4, rel=0.2)
 
 
 def test_muon_continues_from_its_state_dict_bit_by_bit():
@@ -148,3 +165,34 @@ def test_only_the_demo_falls_back_to_the_built_in_text(shards_are_there, preset,
         data = data if preset else "edu_fineweb10B"
     config = parse_args(["--preset", preset] if preset else [])
     assert config.data == (str(ROOT / data) if data == "input.txt" else data)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_an_eager_optimizer_takes_pytorch_s_steps_and_calls_its_hooks(kind):
+    weights, calls = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)], []
+    ours, theirs = machine.eager(kind)([weights[0]], lr=0.1), kind([weights[1]], lr=0.1)
+    assert isinstance(ours, kind) and repr(ours) == repr(theirs)
+    ours.register_step_post_hook(lambda *_: calls.append("post"))
+    for seed in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    assert torch.equal(*weights) and not torch.equal(weights[0], torch.ones(4, 3)) and weights[0].grad is None
+    assert calls == ["post"] * 3 and weights[0].requires_grad
+    again = machine.eager(kind)([weights[0]], lr=0.1)
+    again.load_state_dict(ours.state_dict())
+    assert str(again.state_dict()) == str(theirs.state_dict())
+
+
+def test_an_optimizer_of_one_s_own_is_resumed_bit_by_bit(shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "configure_optimizers", lambda model, config, *_, **__: [
+        torch.optim.SGD(model.parameters(), lr=config.max_lr, momentum=0.9)])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=whole)))
+    shutil.copytree(whole, out)
+    (out / "model_000006.pt").unlink()
+    train_gpt2.main(parse_args(flags(data=shard_folder, out_dir=out)))
+    assert read_log(out, "run")[-1]["origin"] == "resumed after step 4"
+    assert_same_run(whole, out)
