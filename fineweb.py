@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import re
@@ -42,7 +41,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from plumbing import resuming
+from plumbing import cli, resuming
 from plumbing.cli import Positive, Range, UserError, check_values, explain, parse_flags, plural, print0, run_command
 from plumbing.encode import encode_texts, make_encoder, warn_of_marks
 from plumbing.files import DataError, lock, sha256
@@ -115,10 +114,8 @@ class FineWebConfig:
     @property
     def command(self) -> str:
         """Return the command line that gives these settings."""
-        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        words = ([f"--{field.name}"] + [str(value)] * (value is not True) for field, value in values
-                 if value != (self.default_out if field.name == "out" else field.default))
-        return shlex.join(["python", "fineweb.py", *itertools.chain.from_iterable(words)])
+        default = dataclasses.replace(FineWebConfig(), out=self.default_out)
+        return shlex.join(["python", "fineweb.py", *cli.changed_flags(self, default)])
 
     @property
     def remedy(self) -> str:

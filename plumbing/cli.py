@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import inspect
 import os
 import re
@@ -212,7 +213,7 @@ def make_parser(cls, description: str, positional: tuple[str, ...], presets, def
         shown = f" [{defaults['preset']}]" if "preset" in defaults else ""
         group = parser.add_argument_group("Preset")
         group.add_argument("--preset", choices=tuple(presets), help=f"settings that other flags override{shown}")
-    source = inspect.getsource(cls)
+    source = source_of(cls)
     for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", source, re.MULTILINE):
         if heading:
             group = parser.add_argument_group(heading)
@@ -293,6 +294,9 @@ class OneLineParser(argparse.ArgumentParser):
             near = flag_help.nearest(wrong[1], action.choices)
             message += f": did you mean {near}?" if near else ""
         raise UserError(f"{message} (--help lists every flag)")
+
+
+source_of = functools.cache(inspect.getsource)  # it parses the whole file
 
 
 def changed_flags(config, default) -> list[str] | None:

@@ -2,6 +2,7 @@
 import hashlib
 import itertools
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,11 +26,13 @@ def patiently(action, what: str, retries: int, remedy: str):
             wait_or_give_up(failures, retries, what, error, remedy)
 
 
-def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str, sleep=None) -> None:
+def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, remedy: str,
+                    stop: threading.Event | None = None) -> None:
     """Wait 1, 2, 4 ... 60 seconds after `failures` failed attempts in a row to do `what`.
 
     Raises UserError, with the remedy, after more failures than `retries`, and at once if another attempt cannot
-    succeed: for a status code 4xx other than 408 and 429, and if the hub is in offline mode.
+    succeed: for a status code 4xx other than 408 and 429, and if the hub is in offline mode. Setting `stop` ends the
+    wait with a UserError.
     """
     statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain(error)]
     status = next(filter(None, statuses), 500)
@@ -40,7 +43,15 @@ def wait_or_give_up(failures: int, retries: int, what: str, error: Exception, re
     with above_bars():
         print(f"\nwarning: cannot {what}: {explain(error)}; trying again in {seconds} s ({failures} of {retries})",
               file=sys.stderr, flush=True)
-    (sleep or time.sleep)(seconds)
+    wait(seconds, stop)
+
+
+def wait(seconds: int, stop: threading.Event | None = None) -> None:
+    """Wait before the next attempt. Raises UserError if `stop` is set meanwhile."""
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise UserError("interrupted")
 
 
 def chain(error: Exception) -> list[Exception]:

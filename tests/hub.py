@@ -9,20 +9,22 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+FILE = "/{repo_id}/resolve/{revision}/{filename}"  # where a hub has the files of a model
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Repositories, each the files of a folder: `repositories` maps "models/OWNER/NAME" or "datasets/OWNER/NAME" to it.
 
     `trouble(path)` of a request, where it is set, returns what to do instead of answering: a status to fail with,
-    "cut" to send half of the file and hang up, "html" to send a page, "mute" to say nothing for two seconds, None to
-    answer. `files` maps paths of other sites to what they hold. Uploads are taken from who has `token`, for models of
-    `owner`, and end in `uploaded`, {OWNER/NAME: {name: bytes}}.
+    "cut" to send half of the file and hang up, "html" to send a page, "mute" to say nothing until the hub is closed,
+    None to answer. `files` maps paths of other sites to what they hold. Uploads are taken from who has `token`, for
+    models of `owner`, and end in `uploaded`, {OWNER/NAME: {name: bytes}}.
     """
 
-    repositories, files, trouble, seen = {}, {}, None, []
+    repositories, files, trouble, seen, closed = {}, {}, None, [], threading.Event()
     token, owner, uploaded, stored = "hf_token", "me", {}, {}
     protocol_version = "HTTP/1.1"
 
@@ -45,7 +47,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if isinstance(self.broken, int):
             return self.reply(b"busy", status=self.broken)
         if self.broken == "mute":
-            return time.sleep(2)
+            self.closed.wait()
+            return
         path, _, query = urllib.parse.unquote(self.path).partition("?")
         if path in self.files:
             return self.reply(self.files[path])
@@ -158,14 +161,47 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def hub(repositories: dict[str, Path], cache: Path):
     """A hub with these repositories -> (the environment that makes it the hub, its handler class)."""
-    handler = type("ThisHub", (Hub,), {"repositories": repositories, "seen": [], "uploaded": {}, "stored": {}})
+    handler = type("ThisHub", (Hub,), {"repositories": repositories, "seen": [], "uploaded": {}, "stored": {},
+                                       "closed": threading.Event()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
-           "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}, handler
-    server.shutdown()
-    server.server_close()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+               "no_proxy": "127.0.0.1"}, handler
+    finally:
+        handler.closed.set()
+        server.shutdown()
+        server.server_close()
+
+
+def use_here(environment: dict[str, str], monkeypatch) -> list[float]:
+    """Make a hub that of the clients in this process, which wait for nothing -> the seconds that ours would wait."""
+    import datasets
+    from huggingface_hub import HfFileSystem, constants, file_download
+    from huggingface_hub.utils import _http
+
+    from plumbing import network
+
+    waits, home, endpoint = [], Path(environment["HF_HOME"]), environment["HF_ENDPOINT"]
+    clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds, *_, **__: None})
+    values = {
+        constants: {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + FILE, "HF_HOME": str(home),
+                    "HF_HUB_CACHE": str(home / "hub"), "HF_ASSETS_CACHE": str(home / "assets"),
+                    "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": environment["HF_HUB_OFFLINE"] == "1",
+                    "HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_DISABLE_XET": True},
+        datasets.config: {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": environment["HF_HUB_OFFLINE"] == "1"},
+        _http: {"time": clock}, file_download: {"time": clock},
+        network: {"wait": lambda seconds, *_, **__: waits.append(seconds)},
+    }
+    for owner, changes in values.items():
+        for name, value in changes.items():
+            monkeypatch.setattr(owner, name, value)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    HfFileSystem.clear_instance_cache()  # which holds lists of files
+    return waits
 
 
 COMMAND = """

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 
 from bench import gpu
-from plumbing.cli import parse_flags
+from plumbing.cli import UserError, parse_flags
 
 BENCHES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "peers"})
 TOY = ["--device", "cpu", "--model", "demo", "--sequence_length", "64", "--total_batch_size", "512", "--steps", "4",
@@ -54,7 +54,7 @@ def names(rows: dict[str, dict], state: str) -> set[str]:
     return {name for name, row in rows.items() if row["state"] == state}
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", mostly_slow(BENCHES))
 def test_bench_starts_as_a_module_and_refuses_an_unknown_flag_in_one_line(name):
     result = bench("-m", f"bench.{name}", "--no_such_flag")
     assert result.returncode == 2 and re.fullmatch("error: .*--no_such_flag.*\n", result.stderr), result.stderr
@@ -128,6 +128,7 @@ def run_report(folder, seconds: int, *parts) -> tuple[subprocess.CompletedProces
     return result, {name: row["text"] for name, row in rows_of(folder / "gpu1.json").items()}
 
 
+@pytest.mark.slow
 def test_gpu_bench_goes_on_after_a_part_that_fails(tmp_path):
     broken = "for i in range(100, 140): print(i)\nraise RuntimeError('the reason')"
     result, rows = run_report(tmp_path, 100, ("broken", broken, 1, 50), ("hanging", SLEEP, 1, 2),
@@ -141,6 +142,7 @@ def test_gpu_bench_goes_on_after_a_part_that_fails(tmp_path):
     assert log.endswith("\n===== hanging =====\nasleep\n\n===== sound =====\nfine\n")
 
 
+@pytest.mark.slow
 def test_gpu_bench_leaves_out_what_does_not_fit_in_the_time(tmp_path):
     result, rows = run_report(tmp_path, 5, ("long", "print('fine')", 60, 99), ("short", "print('fine')", 1, 99),
                               ("too long", SLEEP, 0, 99), ("late", "print('fine')", 1, 99))
@@ -152,16 +154,16 @@ def test_gpu_bench_leaves_out_what_does_not_fit_in_the_time(tmp_path):
 
 
 def test_gpu_bench_refuses_a_window_that_is_not_there(tmp_path):
-    result = bench("-m", "bench.gpu", "--device", "cpu", "--window", 3, "--out", tmp_path)
-    assert (result.returncode, result.stderr) == (2, "error: --window is 3, it must be a number from 1 to 2\n")
+    with pytest.raises(UserError, match=r"^--window is 3, it must be a number from 1 to 2$"):
+        gpu.main(gpu.BenchConfig(**parse_flags(gpu.BenchConfig, ["--window", "3"], "")))
 
 
 @pytest.mark.parametrize("flag, value", [("--steps", 0), ("--seconds", -5), ("--train_seconds", "nan"),
                                          ("--total_batch_size", 500)])
 def test_gpu_bench_refuses_numbers_that_measure_nothing(flag, value, tmp_path):
-    result = bench("-m", "bench.gpu", *TOY, "--out", tmp_path, flag, value)
-    assert result.returncode == 2 and result.stderr.startswith(f"error: {flag} "), result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match=f"^{flag} "):
+        gpu.main(gpu.BenchConfig(**parse_flags(gpu.BenchConfig, [*TOY, "--out", str(tmp_path), flag, str(value)], "")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@
 import json
 
 import pytest
-from helpers import ENCODING, ROOT, final_state, flags, needs, read_log, run, same, write_shards
+from helpers import ENCODING, ROOT, final_state, flags, mostly_slow, needs, read_log, run, same, write_shards
 
 import train_gpt2
 from plumbing.cli import UserError
@@ -37,6 +37,7 @@ def test_a_branch_under_the_same_schedule_is_the_run_that_went_on(optimizer, sha
     assert read_log(branch, "run")[0]["origin"] == f"step 2 of {whole / 'model_000002.pt'}"
 
 
+@pytest.mark.slow
 def test_a_decay_branched_from_the_stable_phase_is_the_run_that_had_it_from_the_start(shard_folder, tmp_path):
     stable = {"decay": "linear", "keep_checkpoints": 9, "warmup_steps": 2}
     train(shard_folder, tmp_path / "long", **stable, max_steps=20, decay_steps=5)
@@ -72,11 +73,11 @@ def test_the_same_command_resumes_a_branch(shard_folder, tmp_path):
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize("changes, message", mostly_slow([
     ({"seed": 7}, "has --seed 1337, not 7"), ({"total_batch_size": 64}, "has --total_batch_size 128, not 64"),
     ({"optimizer": "muon"}, "has --optimizer adamw, not muon"), ({"shuffle": False}, "has --shuffle True, not False"),
     ({"weight_decay": 0.2}, "has --weight_decay 0.1, not 0.2"),
-])
+], kept=2))
 def test_a_branch_keeps_data_model_and_optimizer(changes, message, shard_folder, tmp_path):
     if not (tmp_path / "first").exists():
         train(shard_folder, tmp_path / "first")
@@ -86,8 +87,9 @@ def test_a_branch_keeps_data_model_and_optimizer(changes, message, shard_folder,
 
 
 @needs(*ENCODING)
-@pytest.mark.parametrize("place, number", [("validation", 8), ("hellaswag", 1), ("sample", 2)])
-@pytest.mark.parametrize("checkpoint_every", [0, 6])
+@pytest.mark.parametrize("checkpoint_every, place, number", mostly_slow([
+    (0, "validation", 8), (0, "hellaswag", 1), (0, "sample", 2),
+    (6, "validation", 8), (6, "hellaswag", 1), (6, "sample", 2)]))
 def test_a_kill_in_the_last_evaluations_costs_no_step(checkpoint_every, place, number, shard_folder, tmp_path):
     """The checkpoint of the last step is there before they begin; nothing is trained again, and the log is whole."""
     changes = {"data": shard_folder, "val_every": 0, "sample_every": 6, "checkpoint_every": checkpoint_every,

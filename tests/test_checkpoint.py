@@ -5,13 +5,15 @@
 import functools
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, posix
 
 from plumbing import checkpoint, files, run_folder, transformers_format
 from plumbing.checkpoint import CheckpointError
@@ -38,6 +40,12 @@ def test_newest_passes_over_what_is_damaged_and_names_it(tmp_path, capsys):
     (told,) = capsys.readouterr().out.splitlines()
     assert "model_1000000.pt is not a whole checkpoint" in told
     assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_checkpoints_are_listed_by_step(tmp_path):
+    for step in (1_000_000, 999_999, 20):
+        (tmp_path / f"model_{step:06d}.pt").touch()
+    assert [checkpoint.step_of(path) for path in checkpoint.listing(tmp_path)] == [20, 999_999, 1_000_000]
 
 
 def flip_a_bit(path):
@@ -77,6 +85,7 @@ def test_what_is_not_a_whole_checkpoint_is_refused(tmp_path, spoil, message):
     assert "model_000001.pt" in str(error.value) and "\n" not in str(error.value)
 
 
+@posix
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_partial_file(tmp_path):
     """A file-size limit, since a full disk needs root: the write fails in the middle just the same."""
     code = f"""
@@ -136,6 +145,41 @@ def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_its_name_before_anything_else(tmp_path, monkeypatch):
+    """So that a power cut leaves the old file or the new one."""
+    calls, fsync, rename = [], os.fsync, os.replace
+
+    def synced(number, *_, **__):
+        status = os.fstat(number)
+        calls.append("the folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        fsync(number)
+
+    def renamed(source, target, *_, **__):
+        calls.append("the name")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with files.atomic_write(tmp_path / "x") as file:
+        file.write(b"new")
+    assert calls == ["3 bytes", "the name", "the folder"]
+
+
+def test_links_out_of_a_folder_and_pipes_in_it_are_refused(tmp_path):
+    folder, secret = tmp_path / "folder", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("x")
+    (folder / "link").symlink_to(secret)
+    (folder / "inside").write_text("x")
+    (folder / "alias").symlink_to("inside")
+    os.mkfifo(folder / "pipe")
+    for name in ("inside", "alias", "absent"):
+        files.check_inside(folder / name)
+    for name, problem in (("link", "is a link to another folder"), ("pipe", "is not a file: move it away")):
+        with pytest.raises(files.DataError, match=f"{name} {problem}"):
+            files.check_inside(folder / name)
+
+
 def test_prune_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, state(step))
@@ -153,6 +197,7 @@ def test_prune_never_trades_the_file_just_written_for_a_damaged_later_one(tmp_pa
     assert checkpoint.newest(tmp_path).name == "model_000006.pt"
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
     """Every bit of the directory at the end and of the headers at the start of a checkpoint as torch.save writes it."""
     path = checkpoint.save(tmp_path, 1, state())
@@ -169,6 +214,31 @@ def test_any_flipped_bit_of_the_archive_is_found_or_harmless(tmp_path):
             except CheckpointError:
                 refused += 1
     assert refused > 1000
+
+
+def test_a_flipped_attribute_in_the_directory_is_found_where_a_file_is_not_mapped(tmp_path, monkeypatch):
+    """As a folder, which one bit makes it, an entry would be read as memory that nobody has written."""
+    load = torch.load
+
+    def unmapped(*arguments, mmap=False, **options):
+        if mmap:
+            raise RuntimeError("cannot be mapped")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", unmapped)
+    path = checkpoint.save(tmp_path, 1, state())
+    data, expected, refused = path.read_bytes(), torch.arange(1000.0), 0
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", data)]
+    for position in (entry + 38 for entry in entries):  # of the external attributes
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                assert torch.equal(checkpoint.load(path)["model"]["w"], expected)
+            except CheckpointError:
+                refused += 1
+    assert refused >= len(entries) > 3
 
 
 def test_the_lock_is_held_by_one_process_and_falls_with_it(tmp_path):

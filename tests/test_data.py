@@ -1,11 +1,10 @@
-"""DataLoaderLite against a plain list of windows: partitions, order, formats, and what is refused.
+"""DataLoaderLite against a plain list of windows: order, formats, and what is refused.
 
     pytest tests/test_data.py
 """
 import ctypes
 import mmap
 import os
-import resource
 import sys
 import time
 
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENCODING, ROOT, make_loader, needs, spoil, write_bin, write_shards
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from plumbing import shards
 from plumbing.files import DataError
+from plumbing.ranks import World
 from plumbing.tokenizer import gpt2_encoding
+from train_gpt2 import DataLoaderLite, TrainConfig
 
 
 def plain_windows(folder, split, T) -> list[tuple]:
@@ -39,33 +38,6 @@ def take(loader, batches, first=0) -> list[tuple]:
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (loader.B, loader.T)
         rows += [(tuple(a), tuple(b)) for a, b in zip(x.tolist(), y.tolist())]
     return rows
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5), B=st.integers(1, 5), T=st.integers(1, 9),
-       world_size=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), shuffle=st.booleans())
-def test_ranks_partition_the_single_process_order(lengths, B, T, world_size, seed, shuffle, tmp_path_factory):
-    folder = write_shards(tmp_path_factory.mktemp("shards"), train=lengths, seed=seed)
-    expected = plain_windows(folder, "train", T)
-    if not expected:
-        with pytest.raises(DataError, match="shorter than one window"):
-            make_loader(folder, "train", B, T)
-        return
-    one = make_loader(folder, "train", 1, T, seed=seed, shuffle=shuffle)
-    assert one.n_windows == len(expected)
-    epochs = [take(one, one.n_windows, epoch * one.n_windows) for epoch in range(2)]
-    for epoch in epochs:
-        assert sorted(epoch) == sorted(expected)  # each window once an epoch
-    if not shuffle:
-        assert epochs == [expected, expected]  # in file order
-    ranks = [make_loader(folder, "train", B, T, rank, world_size, seed=seed, shuffle=shuffle)
-             for rank in range(world_size)]
-    merged, i = [], 0
-    while len(merged) < 2 * len(expected):
-        merged += [row for loader in ranks for row in take(loader, 1, i)]  # ranks never drift apart
-        i += 1
-    single = epochs[0] + epochs[1]
-    assert merged[:len(single)] == single
 
 
 def test_the_order_changes_with_epoch_and_seed(shard_folder):
@@ -109,6 +81,12 @@ def test_three_formats_hold_the_same_tokens(tmp_path):
 
 
 @needs(*ENCODING)
+def test_validation_reads_its_split_from_the_start(shard_folder):
+    tokens = np.load(shard_folder / "edufineweb_val_000000.npy")
+    x, y = make_loader(shard_folder, "val", 4, 16).batch(0)
+    assert x.flatten().tolist() == tokens[:64].tolist() and y.flatten().tolist() == tokens[1:65].tolist()
+
+
 def test_a_text_file_is_split_nine_to_one():
     tokens = gpt2_encoding().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8"))
     n_val = len(tokens) // 10
@@ -119,6 +97,7 @@ def test_a_text_file_is_split_nine_to_one():
 
 
 def test_opening_ten_billion_tokens_takes_no_time_and_no_memory(tmp_path):
+    resource = pytest.importorskip("resource")
     tokens = np.resize(np.random.default_rng(0).integers(0, 50257, 2**20, dtype=np.uint16), 100_000_000)
     np.save(tmp_path / "edufineweb_val_000000.npy", tokens)
     del tokens
@@ -156,6 +135,17 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     np.save(path, tokens)
     with pytest.raises(DataError, match=r"edufineweb_train_000001\.npy holds the token 50257"):
         make_loader(folder, "train", 1, 100)
+
+
+def test_a_token_that_only_pads_the_model_s_vocabulary_is_refused(tmp_path):
+    folder = write_shards(tmp_path / "data")
+    path = folder / "edufineweb_train_000001.npy"
+    tokens = np.load(path)
+    tokens[5] = 50257
+    np.save(path, tokens)
+    config = TrainConfig(data=folder, micro_batch_size=1, sequence_length=16)
+    with pytest.raises(DataError, match="holds the token 50257, the vocabulary ends at 50256"):
+        DataLoaderLite(config, "train", World(), 50304)
 
 
 @pytest.mark.parametrize("world_size, shuffle", [(1, True), (2, True), (3, False)])

@@ -2,14 +2,18 @@
 
     pytest tests/test_docs.py
 """
+import contextlib
 import functools
+import io
 import json
 import operator
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +22,16 @@ import pytest
 import torch
 from helpers import ENCODING, ROOT, needs, python_path, run
 
+import export_hf
+import fineweb
+import generate
+import hellaswag
+import plot
 import train_gpt2
 from plumbing.tokenizer import encode
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECORDS = {"faults.md"}  # pages that are written by a command: they show no usage
+RECORDS = {"faults.md", "mutants.md"}  # pages that are written by a command: they show no usage
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pytest|pip|lm_eval|tensorboard|head|sbatch|bench/|\.ci/)")
 EXAMPLES = "tests/hellaswag_examples.jsonl"
 
@@ -63,6 +72,7 @@ NOT_RUN = {
     "bench/gpu.sh": "needs a GPU; tests/test_bench.py runs it on a CPU",
     "python -m bench.": "takes minutes; tests/test_bench.py runs them at toy size",
     "python tests/faults/run.py": "takes minutes; tests/test_faults.py runs its parts",
+    "python tests/mutants.py": "takes most of an hour; tests/test_mutants.py checks what it would do",
     "pytest": "is what runs this",
     ".ci/run": "runs this",
 }
@@ -167,10 +177,31 @@ def fill_others(folder: Path) -> None:
         (folder / "my_stories" / f"{i}.txt").write_text(story, encoding="utf-8")
 
 
+# Commands that are run in this process, as they import transformers or are many.
+HERE = {"export_hf.py": export_hf.main, "fineweb.py": fineweb.main, "generate.py": generate.main,
+        "hellaswag.py": hellaswag.main, "plot.py": plot.main}
+
+
+def execute_here(main, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Do what a command does, in this process and in `folder`."""
+    code, streams = 0, [contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())]
+    with contextlib.chdir(folder), streams[0] as stdout, streams[1] as stderr, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(signal, "signal", lambda *_, **__: None)  # hellaswag.py sets one for its process
+        try:
+            main(arguments)
+        except Exception:
+            code = 1
+            traceback.print_exc()
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
 def execute(command: Command, folder: Path) -> subprocess.CompletedProcess:
     """Run a command in `folder` to its end."""
     first, pipe, second = command.text.rpartition(" | ")
     script, arguments, ranks = made_quick(Command(command.page, second))
+    if not pipe and ranks == 1 and script in HERE:
+        return execute_here(HERE[script], arguments, folder)
     if not pipe:
         return run(arguments, ranks, cwd=folder, script=folder / script)
     line = f"set -o pipefail; {first} | {shlex.join([sys.executable, script, *arguments])}"
@@ -179,6 +210,7 @@ def execute(command: Command, folder: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @needs(*ENCODING, "datasets", "gigatoken", "matplotlib", "safetensors", "tensorboard", "transformers")
 def test_every_command_runs(tmp_path):
     """In the order of the pages, in one folder: what one command leaves, others use."""
@@ -194,7 +226,7 @@ def test_every_command_runs(tmp_path):
         if result.returncode:
             failures.append(f"{command.page}: {command.text}\n{result.stdout[-500:]}{result.stderr[-1000:]}")
         if not (tmp_path / "openai").exists():  # what stands for OpenAI's weights
-            result = run(["log/demo", "openai"], cwd=tmp_path, script=tmp_path / "export_hf.py")
+            result = execute_here(export_hf.main, ["log/demo", "openai"], tmp_path)
             assert result.returncode == 0, result.stderr
     assert not failures, "\n\n".join(failures)
 

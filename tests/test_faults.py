@@ -9,9 +9,8 @@ from faults import common
 from faults.run import PARTS
 from helpers import ENCODING, needs
 
-SMALL = {f"{part}-{name}": action for part, (_, small, _) in PARTS.items() for name, action in small.items()}
-
-
+QUICK, SLOW = ({f"{part}-{name}": action for part, actions in PARTS.items() for name, action in actions[kind].items()}
+               for kind in (1, 2))
 pytestmark = [pytest.mark.dist, needs(*ENCODING),
               pytest.mark.skipif(sys.platform != "linux", reason="they need Linux's prlimit, /proc")]
 
@@ -24,7 +23,7 @@ def processes(monkeypatch):
     common.end_all()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_promise_is_kept(name):
-    rows = SMALL[name]()
+    rows = {**QUICK, **SLOW}[name]()
     assert rows and not [row for row in rows if row.outcome.startswith("BROKEN")]

@@ -14,6 +14,7 @@ from helpers import (
     assert_same_run,
     final_state,
     flags,
+    mostly_slow,
     needs,
     read_log,
     run,
@@ -60,7 +61,7 @@ def test_losses_are_those_of_float32_and_the_scaler_is_in_log_and_checkpoint(sha
     assert not any("scale" in line for line in read_log(tmp_path / "float32", "train"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", mostly_slow(["adamw", "muon"]))
 def test_an_overflow_halves_the_scale_changes_nothing_and_is_logged(optimizer, shard_folder, tmp_path, poison, capsys):
     poison([3, 4])
     _, out = train_in_process(tmp_path, data=shard_folder, optimizer=optimizer, **EACH)
@@ -72,6 +73,7 @@ def test_an_overflow_halves_the_scale_changes_nothing_and_is_logged(optimizer, s
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+@pytest.mark.slow
 def test_overflows_stop_the_run_only_five_steps_after_the_scale_has_fallen_below_1(shard_folder, tmp_path, poison):
     poison(range(3, 12))  # nine in a row
     _, out = train_in_process(tmp_path, data=shard_folder, **EACH, max_steps=13)
@@ -119,11 +121,11 @@ def test_the_scaler_s_state_is_resumed(shard_folder, tmp_path, poison):
     assert states[0] == states[1] and (states[0]["scale"], states[0]["_growth_tracker"]) == (32768, 3)
 
 
-@pytest.mark.parametrize("spoil", [
+@pytest.mark.parametrize("spoil", mostly_slow([
     lambda scaler: {**scaler, "scale": "65536"}, lambda scaler: {**scaler, "scale": math.nan}, lambda scaler: {},
     lambda scaler: {**scaler, "scale": 0.0}, lambda scaler: {"scale": 1.0}, lambda scaler: [1.0], lambda scaler: None,
     lambda scaler: {**scaler, "_growth_tracker": torch.zeros(2)},
-])
+], kept=2))
 def test_a_checkpoint_with_a_damaged_scaler_is_named_and_the_one_before_used(spoil, shard_folder, tmp_path, capsys):
     _, out = train_in_process(tmp_path, data=shard_folder, dtype="float16")
     state = final_state(out)
@@ -152,6 +154,7 @@ def test_a_stop_before_the_first_loss_is_a_stop(shard_folder, tmp_path, monkeypa
     assert final_state(out)["scaler"]["_growth_tracker"] == 6
 
 
+@pytest.mark.slow
 @needs(*ENCODING)
 def test_float16_goes_with_activation_checkpointing_samples_and_evaluation(shard_folder, tmp_path):
     loss, out = train_in_process(tmp_path, data=shard_folder, dtype="float16", activation_checkpointing=True,

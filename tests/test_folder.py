@@ -8,7 +8,7 @@ import os
 import threading
 
 import pytest
-from helpers import assert_same_run, flags, read_log, write_shards
+from helpers import assert_same_run, flags, mostly_slow, read_log, write_shards
 
 import train_gpt2
 from plumbing import files, run_folder
@@ -44,7 +44,7 @@ def whole(data, tmp_path):
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("fate", ["renamed", "deleted", "lock deleted", "log deleted"])
+@pytest.mark.parametrize("fate", mostly_slow(["renamed", "deleted", "lock deleted", "log deleted"], kept=2))
 def test_a_folder_that_has_gone_is_made_again_and_nothing_is_lost(fate, data, whole, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
 
@@ -143,6 +143,7 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.whole
 def test_files_of_others_are_set_aside_and_not_overwritten(data, tmp_path, capsys):
     out = tmp_path / "mine"
     out.mkdir()

@@ -4,13 +4,18 @@
 """
 import concurrent.futures
 import os
+import signal
 import struct
 import zipfile
 
 import pytest
 import torch
-from helpers import ENCODING, ROOT, flags, nanogpt, needs, run, write_build_nanogpt
+from helpers import ENCODING, OURS, error_of, flags, nanogpt, needs, write_build_nanogpt
 
+import export_hf
+import generate
+import hellaswag
+import train_gpt2
 from plumbing import checkpoint, foreign, models
 from plumbing.checkpoint import CheckpointError
 from plumbing.cli import UserError
@@ -47,6 +52,12 @@ def same_logits(source, theirs):
         torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=0)
 
 
+@pytest.fixture(scope="module")
+def model_19072(tmp_path_factory):
+    """What build-nanogpt's script saves of make_theirs()'s weights."""
+    return write_build_nanogpt(tmp_path_factory.mktemp("build_nanogpt") / "model_19072.pt", make_theirs()[1])
+
+
 @pytest.mark.parametrize("prefix, biases", [
     ("", True), ("_orig_mod.", False), ("module.", True), ("module._orig_mod.", False), ("_orig_mod.module.", True)])
 def test_nanogpt_s_checkpoint_gives_the_logits_of_transformers(prefix, biases, tmp_path):
@@ -58,21 +69,18 @@ def test_nanogpt_s_checkpoint_gives_the_logits_of_transformers(prefix, biases, t
     same_logits(tmp_path / "renamed", theirs)
 
 
-def test_build_nanogpt_s_checkpoint_gives_the_logits_of_transformers(tmp_path):
-    theirs, weights = make_theirs()
-    same_logits(write_build_nanogpt(tmp_path / "model_19072.pt", weights), theirs)
+def test_build_nanogpt_s_checkpoint_gives_the_logits_of_transformers(model_19072):
+    same_logits(model_19072, make_theirs()[0])
 
 
-def test_reading_it_works_in_several_threads_and_leaves_pytorch_s_list_as_it_was(tmp_path):
-    _theirs, weights = make_theirs()
-    path = write_build_nanogpt(tmp_path / "model_19072.pt", weights)
+def test_reading_it_works_in_several_threads_and_leaves_pytorch_s_list_as_it_was(model_19072):
     before = set(torch.serialization.get_safe_globals())
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for state in pool.map(models.find, [path] * 16):
+        for state in pool.map(models.find, [model_19072] * 16):
             assert state["program"] == "build-nanogpt" and state["step"] == 19072
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(Exception, match="GPTConfig"):
-        torch.load(path, weights_only=True)
+        torch.load(model_19072, weights_only=True)
 
 
 class Evil:
@@ -137,7 +145,7 @@ def test_a_nanogpt_that_is_no_gpt2_is_refused_by_name(spoil, message, tmp_path):
     assert "ckpt.pt seems to be nanoGPT's" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_note_says_that_nanogpt_computes_another_gelu(tmp_path, capsys):
+def test_a_note_says_that_nanogpt_computes_another_gelu(model_19072, tmp_path, capsys):
     _, weights = make_theirs()
     torch.save(nanogpt(weights), tmp_path / "ckpt.pt")
     GPT.load(tmp_path / "ckpt.pt")
@@ -147,7 +155,7 @@ def test_a_note_says_that_nanogpt_computes_another_gelu(tmp_path, capsys):
     del early["model_args"]["bias"]  # of early 2023, when its GELU was GPT-2's
     torch.save(early, tmp_path / "ckpt.pt")
     GPT.load(tmp_path / "ckpt.pt")
-    GPT.load(write_build_nanogpt(tmp_path / "model_19072.pt", weights))
+    GPT.load(model_19072)
     assert capsys.readouterr().err == ""
 
 
@@ -162,43 +170,59 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path):
         GPT.load(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.parametrize("size, matrix", [("vocab_size", "wte"), ("block_size", "wpe")])
+def test_an_embedding_of_another_shape_is_refused_before_the_model_is_built(size, matrix, tmp_path, monkeypatch):
+    torch.save(nanogpt(make_theirs()[1], **{size: 10**6}), tmp_path / "ckpt.pt")
+    monkeypatch.setattr(GPT, "__init__", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(UserError, match=rf"transformer\.{matrix}\.weight is not of shape \(1000000, 8\)"):
+        GPT.load(tmp_path / "ckpt.pt")
+
+
+def train(arguments) -> None:
+    """Run train_gpt2.py in this process."""
+    train_gpt2.main(train_gpt2.parse_args(list(map(str, arguments))))
+
+
+@pytest.fixture
+def mains(monkeypatch):
+    """The commands, to be called with their arguments in this process."""
+    monkeypatch.setattr(signal, "signal", lambda *_, **__: None)  # hellaswag.py sets one for its process
+    return {"generate": generate.main, "export_hf": export_hf.main, "hellaswag": hellaswag.main, "train_gpt2": train}
+
+
 @needs(*ENCODING)
-def test_all_commands_take_them(shard_folder, tmp_path):
+def test_all_commands_take_them(shard_folder, mains, tmp_path, capsys):
     theirs, weights = make_theirs(biases=False)
     torch.save(nanogpt(weights, biases=False), tmp_path / "ckpt.pt")
     (tmp_path / "log.jsonl").write_text('{"kind": "run", "config": {}}\n')  # not of this checkpoint
-    result = run([tmp_path / "ckpt.pt", tmp_path / "out"], script=ROOT / "export_hf.py")
-    assert result.returncode == 0, result.stderr
+    path = str(tmp_path / "ckpt.pt")
+    mains["export_hf"]([path, str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "ckpt.pt, a checkpoint of nanoGPT." in card and "No log of its training" in card
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     idx = torch.arange(16)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(idx).logits, theirs(idx).logits[..., :50257], atol=1e-4, rtol=0)
-    result = run(["--model", tmp_path / "ckpt.pt", "--device", "cpu", "--max_new_tokens", "2"],
-                 script=ROOT / "generate.py")
-    assert result.returncode == 0 and result.stdout.startswith("Hello, I'm"), result.stderr
-    result = run(["--model", tmp_path / "ckpt.pt", "--device", "cpu", "--limit", "2", "--data",
-                  ROOT / "tests" / "hellaswag_examples.jsonl"], script=ROOT / "hellaswag.py")
-    assert result.returncode == 0 and "acc_norm" in result.stdout, result.stderr
-    result = run(flags(data=shard_folder, init_from=tmp_path / "ckpt.pt", out_dir=tmp_path / "log", max_steps=2))
-    assert result.returncode == 0, result.stderr
+    capsys.readouterr()
+    mains["generate"](["--model", path, "--device", "cpu", "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.startswith("Hello, I'm")
+    mains["hellaswag"](["--model", path, "--device", "cpu", "--limit", "2", "--data", str(OURS)])
+    assert "acc_norm" in capsys.readouterr().out
+    train(flags(data=shard_folder, init_from=path, out_dir=tmp_path / "log", max_steps=2))
     assert torch.load(tmp_path / "log" / "model_000002.pt")["model_config"]["n_embd"] == 8
 
 
-@pytest.mark.parametrize("script, arguments", [
-    ("generate.py", ["--model", "ckpt.pt"]), ("export_hf.py", ["ckpt.pt", "out"]),
-    ("hellaswag.py", ["--model", "ckpt.pt", "--data", str(ROOT / "tests" / "hellaswag_examples.jsonl")]),
-    ("train_gpt2.py", ["--init_from", "ckpt.pt", "--out_dir", "log", "--data", "data"])])
-def test_a_character_level_nanogpt_is_loaded_but_refused_where_gpt2_s_tokens_are_needed(script, arguments, tmp_path,
-                                                                                        shard_folder):
+@pytest.mark.parametrize("command, arguments", [
+    ("generate", ["--model", "ckpt.pt"]), ("export_hf", ["ckpt.pt", "out"]),
+    ("hellaswag", ["--model", "ckpt.pt", "--data", str(OURS)]),
+    ("train_gpt2", ["--init_from", "ckpt.pt", "--out_dir", "log", "--data", "data"])])
+def test_a_character_level_nanogpt_is_loaded_but_refused_where_gpt2_s_tokens_are_needed(
+        command, arguments, mains, shard_folder, tmp_path, monkeypatch):
     theirs, weights = make_theirs(vocab_size=65)
     torch.save(nanogpt(weights, vocab_size=65), tmp_path / "ckpt.pt")
     same_logits(tmp_path / "ckpt.pt", theirs)
-    result = run(arguments, cwd=tmp_path, script=ROOT / script)
-    assert result.returncode == 2
-    assert "ckpt.pt is nanoGPT's with 65 tokens, which are not GPT-2's" in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "ckpt.pt is nanoGPT's with 65 tokens, which are not GPT-2's" in error_of(mains[command], arguments)
 
 
 @pytest.mark.parametrize("names, message", [
@@ -309,14 +333,12 @@ def test_a_damaged_file_is_not_taken_for_another_s(tmp_path):
         GPT.load(tmp_path / "ckpt.pt")
 
 
-def test_branching_from_one_says_where_it_can_be_named(shard_folder, tmp_path):
-    _, weights = make_theirs()
-    torch.save(nanogpt(weights), tmp_path / "ckpt.pt")
-    write_build_nanogpt(tmp_path / "model_19072.pt", weights)
-    for name in ("ckpt.pt", "model_19072.pt"):
-        result = run(flags(data=shard_folder, branch_from=tmp_path / name, out_dir=tmp_path / "out"))
-        assert result.returncode == 2 and "can be named by --init_from and --model" in result.stderr, result.stderr
-        assert "\x1b" not in result.stderr and "weights_only" not in result.stderr
+def test_branching_from_one_says_where_it_can_be_named(model_19072, shard_folder, tmp_path):
+    torch.save(nanogpt(make_theirs()[1]), tmp_path / "ckpt.pt")
+    for path in (tmp_path / "ckpt.pt", model_19072):
+        line = error_of(train, flags(data=shard_folder, branch_from=path, out_dir=tmp_path / "out"))
+        assert "can be named by --init_from and --model" in line
+        assert "\x1b" not in line and "weights_only" not in line
 
 
 # ------------------------------------------------------------------------------------------ the state of the optimizers

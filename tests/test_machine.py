@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import ENCODING, ROOT, flags, needs, read_log, run
+from helpers import ENCODING, ROOT, flags, mostly_slow, needs, read_log, run
 
 import train_gpt2
 from plumbing import machine
@@ -235,6 +235,12 @@ def test_memory_for_adamw_and_for_ddp_s_buckets_is_counted(monkeypatch):
         machine.pick_micro_batch_size(model, 8, 8, World(0, 2, GPU))
 
 
+def test_sequences_longer_than_the_model_s_positions_are_refused():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(UserError, match="--sequence_length is 16, it must be at most the model's 8 positions"):
+        machine.resolve(TrainConfig(sequence_length=16), None, model, World())
+
+
 def test_b_is_the_largest_divisor_that_fits_a_cpu():
     for total, T, expected in ((524288, 1024, 2), (512, 128, 4), (96 * 64, 64, 32), (90 * 64, 64, 30), (4096, 4096, 1)):
         assert machine.pick_micro_batch_size(None, T, total // T, World()) == expected
@@ -316,6 +322,7 @@ print(anonymous() - before, total)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux's /proc")
 def test_a_checkpoint_is_read_as_pages_of_its_file(tmp_path):
     """128 MB of weights, all of them read, take less than 32 MB that ranks cannot share."""
@@ -331,7 +338,7 @@ def test_a_checkpoint_is_read_as_pages_of_its_file(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux's /proc")
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", mostly_slow(["adamw", "muon"]))
 def test_nothing_of_a_checkpoint_s_file_is_held_once_a_run_goes_on(optimizer, shard_folder, tmp_path, monkeypatch):
     """Weights and moments must be copies: a pruned file gives its space back only when nothing holds it any more."""
     out, held = tmp_path / "out", []

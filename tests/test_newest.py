@@ -88,6 +88,7 @@ def test_an_older_checkpoint_of_the_newest_run_will_do(trained, tmp_path, monkey
     assert "using log/demo, step 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_command_takes_it(trained, tmp_path):
     place(trained, tmp_path / "log" / "demo", 1000)
     examples = ROOT / "tests" / "hellaswag_examples.jsonl"

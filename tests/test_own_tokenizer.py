@@ -5,15 +5,19 @@
 import functools
 import json
 import shutil
+import signal
 
 import pytest
 import torch
-from helpers import ENCODING, ROOT, flags, needs, random_gpt2, run, write_shards
+from helpers import ENCODING, ROOT, error_of, flags, needs, random_gpt2, slow, write_shards
 from safetensors.torch import load_file, save_file
 
+import export_hf
 import generate
+import hellaswag
+import train_gpt2
 from generate import GenerateConfig, continuations
-from plumbing import model_tokenizer, models
+from plumbing import model_tokenizer, models, transformers_format
 from plumbing.cli import UserError
 from plumbing.files import CheckpointError, DataError
 from plumbing.model_tokenizer import tokenizer_of
@@ -28,6 +32,11 @@ tokenizers = pytest.importorskip("tokenizers")
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, n_positions=32)
 TEXTS = ["El perro come, niño.", " two\n\n  three", "naïve 你好 🙂👩‍🚀", "<|endoftext|>x", "Hallo <|user|> da", "", "a"]
 EXAMPLES = str(ROOT / "tests" / "hellaswag_examples.jsonl")
+
+
+def train(arguments) -> float:
+    """Run train_gpt2.py in this process."""
+    return train_gpt2.main(train_gpt2.parse_args(arguments))
 
 
 def train_bpe(size=400, **settings):
@@ -51,24 +60,41 @@ def gpt2_tokenizer(folder):
     return transformers.GPT2Tokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function that makes a model with a tokenizer of its own, once: (folder, transformers' model, its tokenizer)."""
+    @functools.cache
+    def make(which: str):
+        folder = tmp_path_factory.mktemp(which)
+        if which == "spanish":
+            tokenizer = train_bpe()
+            ends = dict(bos_token_id=0, eos_token_id=0)
+        else:
+            tokenizer, ends = gpt2_tokenizer(folder / "gpt2"), {}
+            tokenizer.add_tokens(["<|user|>", "<|bot|>"], special_tokens=True)
+            tokenizer.add_tokens(["plainword"])
+        theirs = random_gpt2(folder / "model", std=0.4, **SMALL, vocab_size=len(tokenizer), **ends)
+        tokenizer.save_pretrained(folder / "model")
+        return folder / "model", theirs, tokenizer
+
+    return make
+
+
+def copied(made, folder):
+    """What has been made, in a folder of the test's own."""
+    return shutil.copytree(made[0], folder), *made[1:]
+
+
 @pytest.fixture
-def spanish(tmp_path):
+def spanish(made, tmp_path):
     """(a folder with a model and a tokenizer of its own, transformers' model of it, and its tokenizer)."""
-    tokenizer = train_bpe()
-    theirs = random_gpt2(tmp_path / "es", std=0.4, **SMALL, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
-    tokenizer.save_pretrained(tmp_path / "es")
-    return tmp_path / "es", theirs, tokenizer
+    return copied(made("spanish"), tmp_path / "es")
 
 
 @pytest.fixture
-def chat(tmp_path):
+def chat(made, tmp_path):
     """The same for GPT-2 with three tokens added: 50,260 rows."""
-    tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
-    tokenizer.add_tokens(["<|user|>", "<|bot|>"], special_tokens=True)
-    tokenizer.add_tokens(["plainword"])
-    theirs = random_gpt2(tmp_path / "chat", std=0.4, **SMALL, vocab_size=50260)
-    tokenizer.save_pretrained(tmp_path / "chat")
-    return tmp_path / "chat", theirs, tokenizer
+    return copied(made("chat"), tmp_path / "chat")
 
 
 @pytest.mark.parametrize("which", ["spanish", "chat"])
@@ -85,18 +111,18 @@ def test_prompts_are_encoded_and_text_is_decoded_as_transformers_does(which, req
 
 
 @pytest.mark.parametrize("which", ["spanish", "chat"])
-def test_the_text_is_transformers_greedy_text(which, request):
+def test_the_text_is_transformers_greedy_text(which, request, capsys):
     folder, theirs, tokenizer = request.getfixturevalue(which)
     prompt = "el perro <|user|> plainword"
     idx = torch.tensor([tokenizer(prompt)["input_ids"]])
     ids = theirs.generate(idx, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0,
                           attention_mask=torch.ones_like(idx))[0, idx.size(1):].tolist()
     assert len(set(ids)) > 1 and tokenizer.eos_token_id not in ids
-    result = run(["--model", folder, "--device", "cpu", "--dtype", "float32", "--temperature", "0", "--prompt", prompt,
-                  "--max_new_tokens", "12"], script=ROOT / "generate.py")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == prompt + tokenizer.decode(ids) + "\n"
-    assert f"its own tokenizer of {len(tokenizer):,} tokens" in result.stderr
+    generate.main(["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--temperature", "0",
+                   "--prompt", prompt, "--max_new_tokens", "12"])
+    said = capsys.readouterr()
+    assert said.out == prompt + tokenizer.decode(ids) + "\n"
+    assert f"its own tokenizer of {len(tokenizer):,} tokens" in said.err
 
 
 def test_a_text_ends_at_the_tokenizer_s_own_token_and_an_empty_prompt_begins_with_it(spanish, monkeypatch):
@@ -121,8 +147,7 @@ def test_no_token_that_the_tokenizer_does_not_know_is_ever_drawn():
 @pytest.mark.parametrize("which", ["spanish", "chat"])
 def test_an_export_keeps_the_tokenizer_and_all_rows(which, request, tmp_path):
     folder, theirs, tokenizer = request.getfixturevalue(which)
-    result = run([folder, tmp_path / "out"], script=ROOT / "export_hf.py")
-    assert result.returncode == 0, result.stderr
+    export_hf.main([str(folder), str(tmp_path / "out")])
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     for text in TEXTS:
@@ -137,9 +162,6 @@ def test_an_export_keeps_the_tokenizer_and_all_rows(which, request, tmp_path):
 
 
 def test_a_difference_in_an_added_row_alone_is_found(chat, tmp_path, monkeypatch):
-    import export_hf
-    from plumbing import transformers_format
-
     write = transformers_format.write_transformers
 
     def spoilt(folder, shape, weights, *more, **options):
@@ -152,17 +174,18 @@ def test_a_difference_in_an_added_row_alone_is_found(chat, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("which", ["spanish", "chat"])
-@pytest.mark.parametrize("script, arguments", [
-    ("hellaswag.py", ["--data", EXAMPLES, "--model"]),
-    ("train_gpt2.py", ["--max_steps", "1", "--out_dir", "log", "--data", "data", "--init_from"]),
-    ("train_gpt2.py", ["--eval_only", "--out_dir", "log", "--data", "data", "--init_from"])])
-def test_where_gpt2_s_tokens_are_needed_it_is_refused(which, script, arguments, request, tmp_path):
+@pytest.mark.parametrize("main, arguments", [
+    (hellaswag.main, ["--data", EXAMPLES, "--model"]),
+    (train, ["--max_steps", "1", "--out_dir", "log", "--data", "data", "--init_from"]),
+    (train, ["--eval_only", "--out_dir", "log", "--data", "data", "--init_from"])])
+def test_where_gpt2_s_tokens_are_needed_it_is_refused(which, main, arguments, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_, **__: None)  # hellaswag.py sets one for its process
     folder, _, tokenizer = request.getfixturevalue(which)
     write_shards(tmp_path / "data", high=400)
-    result = run([*arguments, folder], cwd=tmp_path, script=ROOT / script)
-    assert result.returncode == 2, result.stdout
-    assert f"has its own tokenizer of {len(tokenizer):,} tokens, but this needs GPT-2's" in result.stderr
-    assert "Traceback" not in result.stderr and not list(tmp_path.glob("log/*.pt"))
+    line = error_of(main, [*arguments, str(folder)])
+    assert f"has its own tokenizer of {len(tokenizer):,} tokens, but this needs GPT-2's" in line
+    assert not list(tmp_path.glob("log/*.pt"))
 
 
 # --------------------------------------------------------------------------------------------------- GPT-2's own, saved
@@ -184,7 +207,7 @@ def as_hub(folder, tokenizer):
     as_slow(folder, tokenizer)
 
 
-def as_slow(folder, tokenizer):
+def as_slow(folder, tokenizer=None):
     files = vocabulary_files()
     (folder / "vocab.json").write_text(json.dumps(json.loads(files["encoder.json"].read_text()), indent=1))
     shutil.copyfile(files["vocab.bpe"], folder / "merges.txt")
@@ -195,7 +218,7 @@ def with_pad(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("save", [as_fast, as_hub, as_slow, with_pad])
+@pytest.mark.parametrize("save", [slow(as_fast), as_hub, slow(as_slow), slow(with_pad)])
 def test_gpt2_s_own_tokenizer_counts_as_such_in_any_form(save, tmp_path):
     tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
     random_gpt2(tmp_path / "model", **SMALL)
@@ -203,8 +226,9 @@ def test_gpt2_s_own_tokenizer_counts_as_such_in_any_form(save, tmp_path):
     ours = tokenizer_of(tmp_path / "model")
     assert ours.name == "GPT-2's tokenizer" and ours.has_gpt2_tokens
     models.with_gpt2_tokens(tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     for text in TEXTS:
-        assert ours.encode(text) == transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"]
+        assert ours.encode(text) == theirs(text)["input_ids"]
 
 
 def test_a_padding_token_without_a_row_leaves_the_model_s_tokens_gpt2_s(tmp_path):
@@ -214,9 +238,8 @@ def test_a_padding_token_without_a_row_leaves_the_model_s_tokens_gpt2_s(tmp_path
     random_gpt2(tmp_path / "model", **SMALL)
     tokenizer.save_pretrained(tmp_path / "model")
     models.with_gpt2_tokens(tmp_path / "model")
-    result = run(["--model", tmp_path / "model", "--device", "cpu", "--max_new_tokens", "2", "--prompt", "x[PAD]"],
-                 script=ROOT / "generate.py")
-    assert result.returncode == 2 and "the prompt has the token 50257, but the model only 50257 rows" in result.stderr
+    arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--max_new_tokens", "2", "--prompt", "x[PAD]"]
+    assert "the prompt has the token 50257, but the model only 50257 rows" in error_of(generate.main, arguments)
 
 
 def change(folder, name, **changes):
@@ -227,18 +250,18 @@ def change(folder, name, **changes):
 
 @pytest.mark.parametrize("spoil", [
     lambda folder: change(folder, "tokenizer_config.json", add_prefix_space=True),
-    lambda folder: change(folder, "tokenizer_config.json", add_bos_token=True),
-    lambda folder: change(folder, "added_tokens.json", **{"<|user|>": 50257}),
-    lambda folder: change(folder, "tokenizer_config.json", added_tokens_decoder={
-        "50257": {"content": "<|user|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False,
-                  "normalized": False}}),
-    lambda folder: change(folder, "tokenizer_config.json", pad_token="<pad>", sep_token="<sep>"),
-    lambda folder: change(folder, "special_tokens_map.json", pad_token={"content": "<pad>"}),
+    *map(slow, (
+        lambda folder: change(folder, "added_tokens.json", **{"<|user|>": 50257}),
+        lambda folder: change(folder, "tokenizer_config.json", add_bos_token=True),
+        lambda folder: change(folder, "tokenizer_config.json", added_tokens_decoder={
+            "50257": {"content": "<|user|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False,
+                      "normalized": False}}),
+        lambda folder: change(folder, "tokenizer_config.json", pad_token="<pad>", sep_token="<sep>"),
+        lambda folder: change(folder, "special_tokens_map.json", pad_token={"content": "<pad>"}))),
 ])
 def test_what_stands_beside_gpt2_s_vocabulary_counts(spoil, tmp_path):
-    tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
     random_gpt2(tmp_path / "model", **SMALL, vocab_size=50304)
-    as_slow(tmp_path / "model", tokenizer)
+    as_slow(tmp_path / "model")
     assert tokenizer_of(tmp_path / "model").has_gpt2_tokens
     spoil(tmp_path / "model")
     ours, theirs = tokenizer_of(tmp_path / "model"), transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -251,9 +274,9 @@ def test_what_stands_beside_gpt2_s_vocabulary_counts(spoil, tmp_path):
 def test_a_template_of_tokenizer_json_counts_and_add_bos_token_beside_it_does_not(which, request):
     folder, *_ = request.getfixturevalue(which)
     change(folder, "tokenizer_config.json", add_bos_token=True)
-    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded, ours = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(folder)
     for text in TEXTS:
-        assert tokenizer_of(folder).encode(text) == loaded(text)["input_ids"], text
+        assert ours.encode(text) == loaded(text)["input_ids"], text
 
 
 def test_a_template_in_front_is_kept_and_what_would_end_the_text_is_not(tmp_path):
@@ -431,8 +454,7 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path):
 
 def test_rows_without_a_tokenizer_stay_and_only_padding_is_dropped(tmp_path):
     random_gpt2(tmp_path / "model", **SMALL, vocab_size=50260)
-    result = run([tmp_path / "model", tmp_path / "out"], script=ROOT / "export_hf.py")
-    assert result.returncode == 0, result.stderr
+    export_hf.main([str(tmp_path / "model"), str(tmp_path / "out")])
     assert GPT.load(tmp_path / "out").config.vocab_size == 50260
 
 
@@ -459,7 +481,7 @@ def test_folders_in_the_hub_s_cache_are_read_at_any_depth(under, tmp_path, monke
 
 def test_a_run_in_a_subfolder_of_a_snapshot_is_read(tmp_path):
     out = tmp_path / "made"
-    assert run(flags(data=write_shards(tmp_path / "data"), out_dir=out, max_steps=2)).returncode == 0
+    train(flags(data=write_shards(tmp_path / "data"), out_dir=out, max_steps=2))
     folder = tmp_path / "models--me--mine" / "snapshots" / "abc" / "run"
     folder.mkdir(parents=True)
     (tmp_path / "models--me--mine" / "blobs").mkdir()

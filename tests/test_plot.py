@@ -8,16 +8,27 @@ import json
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
-from helpers import FINEWEB, ROOT, flags, read_log, run, write_log
+from helpers import FINEWEB, ROOT, error_of, flags, posix, read_log, run, slow, write_log
 
+import plot
 import train_gpt2
 from plumbing import curve, files, report, runlog
 
+pytestmark = pytest.mark.whole
+
 SCRIPT = ROOT / "plot.py"
 INJECT = ROOT / "tests" / "faults" / "inject.py"
+
+
+def train(**changes) -> None:
+    """Run train_gpt2.py in this process."""
+    train_gpt2.main(train_gpt2.parse_args(flags(**changes)))
+
+
 def figure_of(*folders, x="tokens"):
     figure = curve.make_figure({folder.name: curve.read_log(folder) for folder in folders}, x)
     figure.canvas.draw()
@@ -153,7 +164,7 @@ def test_a_key_says_what_is_drawn(kinds, key):
     assert {handle.get_color() for handle in both.legend_handles} == {curve.GREY}
 
 
-@pytest.mark.parametrize("x", ["tokens", "steps", "hours"])
+@pytest.mark.parametrize("x", ["tokens", slow("steps"), slow("hours")])
 @pytest.mark.parametrize("lines", [invented(180), invented(1), invented(19_073, 1000),
                                    invented(60, noise=1e-7, base=10.8)], ids=["demo", "one", "full", "flat"])
 def test_numbers_on_the_axes_are_whole(lines, x):
@@ -250,7 +261,7 @@ def test_openai_s_lines_are_drawn_on_fineweb_edu_alone(source, shown, tmp_path):
     assert not shown or loss.get_ylim()[0] < 3.2924 < loss.get_ylim()[1]
 
 
-@pytest.mark.parametrize("folders, source", [(1, FINEWEB), (1, None), (2, FINEWEB), (6, None)])
+@pytest.mark.parametrize("folders, source", [(1, FINEWEB), slow(1, None), slow(2, FINEWEB), (6, None)])
 def test_nothing_is_clipped_and_nothing_covers_the_end(folders, source, tmp_path):
     names = [tmp_path / f"a_rather_long_name_{i}" for i in range(folders)]
     figure = figure_of(*(write_log(name, steps=2000, source=source, hellaswag=True, offset=i / 10)
@@ -280,20 +291,25 @@ def test_colours_survive_greyscale():
     assert max(grey) < 0.75  # on white
 
 
-def test_the_command_draws_a_run_and_several(tmp_path):
+def test_the_command_draws_a_run_and_several(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     write_log(tmp_path / "log")
     write_log(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
     for arguments, name in (([], "log/loss.png"), (["log/log.jsonl"], "log/loss.png"), (["log", "other"], "loss.png"),
                             (["log", "--out", "x.png", "--x", "hours"], "x.png")):
-        result = run(arguments, cwd=tmp_path, script=SCRIPT)
-        assert (result.returncode, result.stdout) == (0, f"{name}\n"), result.stderr
+        if arguments:
+            plot.main(arguments)
+            assert capsys.readouterr() == (f"{name}\n", "")
+        else:
+            result = run([], cwd=tmp_path, script=SCRIPT)
+            assert (result.returncode, result.stdout) == (0, f"{name}\n"), result.stderr
         with Image.open(tmp_path / name) as image:
             assert image.size[0] == 800
             assert len(image.convert("L").getcolors(256)) > 20
         (tmp_path / name).unlink()
-    assert run(["log", "--out", "x.svg"], cwd=tmp_path, script=SCRIPT).returncode == 0
+    plot.main(["log", "--out", "x.svg"])
     assert "<svg" in (tmp_path / "x.svg").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "other", "x.svg"]
 
@@ -307,14 +323,20 @@ def test_the_command_draws_a_run_and_several(tmp_path):
     (["log", "--out", "x.txt"], "--out is 'x.txt', it must be a name that ends in .png, .svg or .pdf"),
     (["log", "--out", "no/x.png"], "cannot write no/x.png (No such file or directory)"),
 ])
-def test_wrong_arguments(arguments, message, tmp_path):
+def test_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     write_log(tmp_path / "log")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "log.jsonl").write_bytes(b'\xff\n[1]\n{"kind": "run"\n{"no": "kind"}\n7\n')
-    result = run(arguments, cwd=tmp_path, script=SCRIPT)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(plot.main, arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_ends_the_command_with_code_2_and_one_line(tmp_path):
+    result = run(["nothing"], cwd=tmp_path, script=SCRIPT)
+    assert result.returncode == 2 and result.stderr.startswith("error: no log.jsonl in 'nothing'")
+    assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
 
 
 HOSTILE = ['{"kind": "train"}', '{"kind": "train", "step": "5", "loss": 3}', '{"kind": "val", "step": 5, "loss": NaN}',
@@ -325,11 +347,12 @@ HOSTILE = ['{"kind": "train"}', '{"kind": "train", "step": "5", "loss": 3}', '{"
            '{"kind": "hellaswag", "step": 9, "acc_norm": 0.3, "n": 0}', '{"kind": ["run"]}', "null", "[]"]
 
 
-@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
-def test_lines_of_other_programs_do_no_harm(line, tmp_path):
+@pytest.mark.parametrize("lines", [HOSTILE, *(slow([line]) for line in HOSTILE)],
+                         ids=["all", *map(str, range(len(HOSTILE)))])
+def test_lines_of_other_programs_do_no_harm(lines, tmp_path):
     folder = write_log(tmp_path / "log", hellaswag=True)
     with open(folder / "log.jsonl", "a") as file:
-        file.write(line + "\n")
+        file.writelines(line + "\n" for line in lines)
     for x in ("tokens", "hours"):
         assert len(figure_of(folder, x=x).axes[0].lines) == 3
 
@@ -337,15 +360,13 @@ def test_lines_of_other_programs_do_no_harm(line, tmp_path):
 def test_odd_names_and_settings(tmp_path):
     write_log(tmp_path / "q$x^$_%s")
     write_log(tmp_path / "_hidden")
-    result = run(["q$x^$_%s", "_hidden"], cwd=tmp_path, script=SCRIPT, MPLBACKEND="nonsense")
+    write_log(tmp_path / "实验\U0010ffff")  # letters that the font lacks
+    result = run(["q$x^$_%s", "_hidden", "实验\U0010ffff"], cwd=tmp_path, script=SCRIPT, MPLBACKEND="nonsense")
     assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "loss.png").exists()
     figure = curve.make_figure({"_hidden": curve.read_log(tmp_path / "_hidden")}, "steps")
     assert "_hidden: train" in figure.legends[0].get_texts()[0].get_text()
     figure = drawn({"q$x^$_%s": curve.read_log(tmp_path / "_hidden")})
     assert figure.legends[0].get_title().get_text() == r"q\$x^\$_%s"
-    write_log(tmp_path / "实验\U0010ffff")  # letters that the font lacks
-    result = run(["实验\U0010ffff"], cwd=tmp_path, script=SCRIPT)
-    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
@@ -364,8 +385,8 @@ def test_a_picture_is_whole_or_the_one_of_before(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "loss.png"]
 
 
-@pytest.mark.parametrize("spoil", ["torn", "null", "one step", "only val", "no run line"])
-def test_logs_as_they_come(spoil, tmp_path):
+@pytest.mark.parametrize("spoil", ["torn", "null", slow("one step"), slow("only val"), "no run line"])
+def test_logs_as_they_come(spoil, tmp_path, capsys):
     folder = write_log(tmp_path / "log")
     lines = (folder / "log.jsonl").read_text().splitlines()
     if spoil == "torn":
@@ -379,13 +400,13 @@ def test_logs_as_they_come(spoil, tmp_path):
     else:
         lines = lines[1:]
     (folder / "log.jsonl").write_text("\n".join(lines))
-    result = run(["log"], cwd=tmp_path, script=SCRIPT)
-    assert result.returncode == 0 and (folder / "loss.png").exists(), result.stderr
-    assert result.stderr == ""
+    plot.main([str(folder)])
+    assert (folder / "loss.png").exists() and capsys.readouterr().err == ""
 
 
+@posix
 def test_training_draws_it_after_a_validation(shard_folder, tmp_path):
-    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=INJECT, FAULT="kill:picture:2")
+    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), whole=True, script=INJECT, FAULT="kill:picture:2")
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out" / "report.md").exists()
@@ -395,20 +416,19 @@ def test_training_draws_it_seldom_and_at_the_end(shard_folder, tmp_path, monkeyp
     clock, drawn = itertools.count(0, 3), []
     monkeypatch.setattr(runlog.time, "perf_counter", lambda *_, **__: next(clock) / 10)  # 0.3 s between two looks
     monkeypatch.setattr(curve, "draw", lambda runs, out, *_, **__: drawn.append(next(clock) / 10))
-    arguments = flags(data=shard_folder, out_dir=tmp_path / "out", max_steps=30, val_every=1)
-    train_gpt2.main(train_gpt2.parse_args(arguments))
+    train(data=shard_folder, out_dir=tmp_path / "out", max_steps=30, val_every=1, val_tokens=64, checkpoint_every=0,
+          compile=False)
     gaps = np.diff(drawn)
     assert len(gaps) >= 2 and gaps[:-1].min() >= 10 and gaps.max() < 20
 
 
-def test_training_goes_on_without_matplotlib_and_says_so_once(shard_folder, tmp_path):
-    script = tmp_path / "hide.py"
-    script.write_text("import sys\nsys.modules['matplotlib'] = None\nimport train_gpt2\n"
-                      "train_gpt2.main(train_gpt2.parse_args(sys.argv[1:]))\n")
-    result = run(flags(data=shard_folder, out_dir=tmp_path / "out"), script=script)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("warning: no loss.png: ModuleNotFoundError") == 1
-    assert "has checkpoints, log.jsonl, report.md\n" in result.stdout
+def test_training_goes_on_without_matplotlib_and_says_so_once(shard_folder, tmp_path, monkeypatch, capsys):
+    for name in {"matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    train(data=shard_folder, out_dir=tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("warning: no loss.png: ModuleNotFoundError") == 1
+    assert "has checkpoints, log.jsonl, report.md\n" in said
     assert not (tmp_path / "out" / "loss.png").exists()
     assert "loss.png" not in (tmp_path / "out" / "report.md").read_text()
 
@@ -417,13 +437,12 @@ def test_training_goes_on_without_matplotlib_and_says_so_once(shard_folder, tmp_
 def test_a_picture_that_cannot_be_written(tmp_path):
     folder = write_log(tmp_path / "log")
     folder.chmod(0o500)
-    result = run(["log"], cwd=tmp_path, script=SCRIPT)
-    assert result.returncode == 2 and "cannot write" in result.stderr
+    assert "cannot write" in error_of(plot.main, [str(folder)])
     folder.chmod(0o700)
 
 
 def test_the_log_of_a_real_run_can_be_drawn_by_hours(shard_folder, tmp_path):
-    assert run(flags(data=shard_folder, out_dir=tmp_path / "out")).returncode == 0
+    train(data=shard_folder, out_dir=tmp_path / "out")
     figure = figure_of(tmp_path / "out", x="hours")
     hours = sum(line["dt_ms"] for line in read_log(tmp_path / "out", "train")) / 3.6e6
     assert figure.axes[0].lines[0].get_xdata()[-1] == pytest.approx(hours)

@@ -3,6 +3,7 @@
     pytest tests/test_prepare.py
 """
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,20 +16,25 @@ import numpy as np
 import pytest
 from helpers import (
     ENCODING,
+    FINEWEB_SCRIPT,
     TEXT,
+    command,
     documents,
     fineweb_command,
     flags,
     needs,
     plain_tokens,
+    posix,
     prepare,
-    run,
+    python_path,
     set_piece_bytes,
+    slow,
     write_jsonl,
     write_parquet,
 )
 
 import fineweb
+import train_gpt2
 from plumbing import manifest as manifests
 from plumbing import outlook
 from plumbing.cli import UserError
@@ -85,8 +91,8 @@ def test_shards_of_one_s_own_have_the_source_s_name_and_training_takes_them(tmp_
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "train on it: python train_gpt2.py --data texts_shards --preset demo"
     words = last.removeprefix("train on it: python train_gpt2.py ").split()
-    result = run([*words, *flags(out_dir=None)], cwd=tmp_path)
-    assert result.returncode == 0 and (tmp_path / "log" / "texts_shards" / "model_000006.pt").exists(), result.stderr
+    train_gpt2.main(train_gpt2.parse_args([*words, *flags(out_dir=None)]))
+    assert (tmp_path / "log" / "texts_shards" / "model_000006.pt").exists()
     prepare("--verify", source="train_texts")  # finds the same folder
     prepare(source="train_texts", out="mine", **SMALL)
     assert tokens_of("mine") == tokens_of("texts_shards") == plain_tokens([TEXT[:40_000]]).tolist()
@@ -166,11 +172,12 @@ def test_more_than_one_but_fewer_than_two_shards_are_written_again_with_a_share_
     prepare("--verify", out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("limit", [0, 5000])
-@pytest.mark.parametrize("shards", ["one, filled", "one", "one and a half"])
+@pytest.mark.parametrize("shards, limit", [
+    ("one, filled", 5000), ("one", 0), ("one and a half", 0), slow("one, filled", 0), slow("one", 5000),
+    slow("one and a half", 5000)])
 def test_killed_between_the_two_shards_or_anywhere_it_ends_with_the_same_bytes(shards, limit, tmp_path, monkeypatch):
     """At every write of the manifest, rename of a file and hash of a shard, which are all the steps that last."""
-    texts = documents(40)
+    texts = documents(25)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     total = limit or len(plain_tokens(texts))
     size = {"one, filled": total, "one": total + 9, "one and a half": total * 2 // 3}[shards]
@@ -351,17 +358,32 @@ def test_bytes_have_the_unit_that_fits():
         assert outlook.describe_bytes(count) == said
 
 
+SLOWLY = """
+import runpy, time
+from plumbing import encode, resuming, texts
+
+texts.PIECE_BYTES = resuming.PIECE_BYTES = 20_000
+encode_texts = encode.encode_texts
+encode.encode_texts = lambda *values, **options: (time.sleep(0.2), encode_texts(*values, **options))[1]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@posix
 @pytest.mark.parametrize("sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_says_that_the_same_command_goes_on(sign, code, tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", documents(8000))
-    words = fineweb_command(source="a.jsonl", shard_size=50_000, tokenizer="tiktoken")
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """The signal comes after two shards, half a second of the minute that all would take."""
+    write_jsonl(tmp_path / "a.jsonl", documents(6000))
+    (tmp_path / "slowly.py").write_text(SLOWLY.format(script=str(FINEWEB_SCRIPT)))
+    words = fineweb_command(source="a.jsonl", shard_size=5000, tokenizer="tiktoken", num_proc=1)[2:]
+    process = subprocess.Popen(command(words, script=tmp_path / "slowly.py"), cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": python_path()})
     while not any((tmp_path / "a_shards").glob("*_train_*.npy")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(sign)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == code and "Traceback" not in said
-    typed = "python fineweb.py --source a.jsonl --shard_size 50000 --tokenizer tiktoken"
+    typed = "python fineweb.py --source a.jsonl --shard_size 5000 --tokenizer tiktoken --num_proc 1"
     assert f"stopped: the whole shards are kept; the same command goes on: {typed}\n" in said
     assert not any((tmp_path / "a_shards").glob("*.tmp")) and (tmp_path / "a_shards" / "progress.json").exists()
 

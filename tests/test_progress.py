@@ -38,7 +38,7 @@ def screen(written: str) -> list[str]:
 
 def in_terminal(code: str, columns: int = 100, **environment) -> str:
     """Run code in a process whose stdout and stderr are a terminal; return all that it has written there."""
-    import termios
+    termios = pytest.importorskip("termios")
 
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24 * (columns > 0), columns))
@@ -56,9 +56,18 @@ def in_terminal(code: str, columns: int = 100, **environment) -> str:
     return written.decode()
 
 
+def wait_for(text: str, file=None) -> None:
+    """Wait until `file`, or the captured stderr, holds a text."""
+    end = time.monotonic() + 60
+    while text not in (file or sys.stderr).getvalue():
+        assert time.monotonic() < end, f"no {text!r} in {(file or sys.stderr).getvalue()!r}"
+        time.sleep(0.01)
+
+
 QUICK = "import time\nfrom plumbing import cli, progress\nprogress.DELAY, progress.REDRAW = 0.2, 0.05\n"
 
 
+@pytest.mark.slow
 def test_bars_and_printed_lines_do_not_garble_one_another_on_a_terminal():
     """One bar within another, lines between; at the end only the lines are there."""
     written = in_terminal(QUICK + "cli.print0('first')\n"
@@ -73,11 +82,12 @@ def test_bars_and_printed_lines_do_not_garble_one_another_on_a_terminal():
     assert shown == ["first", *(f"line {i} that is printed amid them" for i in range(6)), "last"]
 
 
+@pytest.mark.slow
 def test_a_bar_moves_while_a_single_call_takes_long_and_counts_from_its_start():
     written = in_terminal(QUICK + "progress.DELAY = 1.2\n"
                           "with progress.busy('reading a large file'):\n    time.sleep(2.6)")
-    seconds = re.findall(r"reading a large file: 00:(\d\d)", written)
-    assert seconds[0] == "01" and seconds[-1] == "02" and not any(screen(written))
+    seconds = [int(found) for found in re.findall(r"reading a large file: 00:(\d\d)", written)]
+    assert 1 <= seconds[0] < seconds[-1] and not any(screen(written))
 
 
 def test_a_terminal_that_does_not_tell_its_size_has_bars_too():
@@ -85,7 +95,8 @@ def test_a_terminal_that_does_not_tell_its_size_has_bars_too():
 
 
 def test_what_is_quick_shows_nothing():
-    assert in_terminal(QUICK + "for i in progress.track(range(3), 'x', 'y'):\n    pass\n"
+    assert in_terminal(QUICK + "progress.DELAY = 9\n"
+                       "for i in progress.track(range(3), 'x', 'y'):\n    pass\n"
                        "with progress.busy('z'):\n    time.sleep(0.1)") == ""
 
 
@@ -95,23 +106,25 @@ def test_without_tqdm_there_are_lines():
                           "with progress.counted('training', 40, 'micro-steps') as count:\n"
                           "    count(10)\n    time.sleep(0.7)\n")
     lines = [line for line in screen(written) if line]
-    assert lines[0] == "training: 10 of 40 micro-steps, 0:00, 0:01 left" and len(lines) >= 2
-    assert all(re.fullmatch(r"training: 10 of 40 micro-steps, 0:0\d, 0:0\d left", line) for line in lines)
+    assert len(lines) >= 2
+    for line in lines:
+        passed, left = map(int, re.fullmatch(r"training: 10 of 40 micro-steps, 0:0(\d), 0:0(\d) left", line).groups())
+        assert 3 * passed - 2 <= left <= 3 * passed + 3  # seconds, of which fractions are not shown
 
 
 def test_a_log_file_gets_a_line_each_half_minute_and_no_signs_of_a_terminal(monkeypatch, capsys):
     assert progress.LINE_EVERY == 30 and progress.DELAY == 2
     monkeypatch.setattr(progress, "LINE_EVERY", 0.2)
-    for _ in progress.track(range(3), "validation", "batches"):
-        time.sleep(0.25)
+    for i in progress.track(range(3), "validation", "batches"):
+        wait_for(f"validation: {i} of 3 batches, 0:")
     with progress.busy("compiling the model"):
-        time.sleep(0.3)
+        wait_for("compiling the model: 0:")
     bar = progress.progress_bar(10, 0, "B")
     bar.update(10)
     bar.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "validation: 0 of 3 batches, 0:00"
-    assert "compiling the model: 0:00" in lines and lines[-1].startswith("100%|") and all(lines)
+    assert re.fullmatch(r"validation: 0 of 3 batches, 0:\d\d", lines[0])
+    assert lines[-1].startswith("100%|") and all(lines)
     assert not any(sign in "".join(lines) for sign in "\r\x1b")
 
 
@@ -133,11 +146,9 @@ def test_a_notebook_has_bars_where_it_prints(monkeypatch):
     from plumbing.cli import print0
 
     with progress.busy("compiling"):
-        time.sleep(0.4)
+        wait_for("compiling: 00:", output)
         print0("a line")
-        time.sleep(0.2)
     print0("another")
-    assert "compiling: 00:00" in output.getvalue()
     assert [line for line in screen(output.getvalue()) if line] == ["a line", "another"]
 
 
@@ -167,5 +178,4 @@ def test_training_needs_no_tqdm_to_show_what_is_under_way(monkeypatch, capsys):
         "no_such_module" if name == "tqdm" else name, *rest, **more))
     monkeypatch.setattr(progress, "LINE_EVERY", 0.05)
     with progress.busy("training"):
-        time.sleep(0.2)
-    assert "training: 0:00" in capsys.readouterr().err
+        wait_for("training: 0:")

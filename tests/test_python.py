@@ -34,6 +34,7 @@ def config(shard_folder, out, **changes) -> TrainConfig:
     return parse_args(flags(data=shard_folder, out_dir=out, **changes))
 
 
+@pytest.mark.slow
 @needs(*ENCODING)
 def test_the_snippets_run_in_order_and_give_what_they_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -81,6 +82,8 @@ def test_runs_one_after_another_leave_nothing_behind_and_are_those_of_their_own(
     """An error, an interruption, other settings, deterministic and not: each run is what it is in a new process."""
     main(config(shard_folder, tmp_path / "first"))
     handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    import torch._inductor.utils  # by the deterministic run, which sets TORCHINDUCTOR_CACHE_DIR
+
     files, threads, variables = open_files(), threading.active_count(), dict(os.environ)
     precision = torch.get_float32_matmul_precision()
 
@@ -110,6 +113,7 @@ def test_runs_one_after_another_leave_nothing_behind_and_are_those_of_their_own(
             pass
 
 
+@pytest.mark.slow
 def test_drawing_leaves_the_back_end_of_a_notebook_to_the_notebook(tmp_path):
     code = ("import os, sys\nfrom plumbing.curve import draw\n"
             "draw({'a': [{'kind': 'val', 'step': 1, 'loss': 2.0}]}, 'loss.png')\n"
@@ -154,6 +158,7 @@ def test_a_run_in_a_thread_is_that_of_the_main_thread(shard_folder, tmp_path):
     assert_same_run(tmp_path / "main", tmp_path / "thread")
 
 
+@pytest.mark.slow
 def test_many_compiled_runs_in_a_process_are_all_compiled(shard_folder, tmp_path, monkeypatch):
     """PyTorch gives a function up after eight models; each run compiles its own anew, here with a back end of ours."""
     compiled, compile_model = [], torch.compile

@@ -39,7 +39,8 @@ def refused_by_both(arguments, message, **options) -> None:
         assert f"rank {rank}: error: " in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("fault", ["no whole checkpoint", "lock", "log", "last save"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["lock", "no whole checkpoint", "log", "last save"])
 def test_an_error_of_rank_0_alone_is_raised_on_every_rank(fault, shard_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -83,6 +84,7 @@ cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
 """
 
 
+@pytest.mark.slow
 def test_a_bug_on_rank_0_keeps_its_traceback_and_is_told_to_the_others(shard_folder, tmp_path):
     script = tmp_path / "bug.py"
     script.write_text(BUG)
@@ -91,6 +93,7 @@ def test_a_bug_on_rank_0_keeps_its_traceback_and_is_told_to_the_others(shard_fol
     assert "Traceback" in result.stderr and "RuntimeError: what nobody thought of" in result.stderr
 
 
+@pytest.mark.slow
 def test_ranks_with_different_cards_take_the_dtype_that_all_have(shard_folder, tmp_path):
     script = tmp_path / "differ.py"
     script.write_text(CARDS_DIFFER)
@@ -110,13 +113,15 @@ def test_ranks_wait_for_each_other_for_half_an_hour(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, *_, **options: given.update(options))
     monkeypatch.setattr(dist, "barrier", lambda *_, **__: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ranks, "fresh_store", lambda *arguments, **__: ("fresh", *arguments))
     with ranks.processes("cpu") as world:
         assert (world.rank, world.world_size) == (0, 2)
     assert given["timeout"].total_seconds() == 1800
+    assert given["store"] == ("fresh", 0, 2)  # in which nothing stands of ranks that are dead
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer, activation_checkpointing", [("adamw", False), ("adamw", True), ("muon", False)])
+@pytest.mark.parametrize("optimizer, activation_checkpointing", [("adamw", True), ("muon", False)])
 def test_two_compiled_ranks_have_the_losses_of_eager_ones_and_are_resumed_bit_by_bit(
         optimizer, activation_checkpointing, shard_folder, tmp_path):
     """A rank is killed in the fifth update; what goes on from step 4 compiles anew, into a cache of its own."""
@@ -136,6 +141,7 @@ def test_two_compiled_ranks_have_the_losses_of_eager_ones_and_are_resumed_bit_by
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_s_last_words_on_a_wrong_setting_are_short(shard_folder, tmp_path):
     """It prints the traceback of each rank that was not stopped by it first, here without the code within."""

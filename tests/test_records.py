@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import ROOT, flags, read_log, run
+from helpers import ROOT, flags, mostly_slow, posix, read_log, run
 
 import train_gpt2
 from plumbing import checkpoint, machine, ranks, run_folder, runlog
@@ -21,6 +21,12 @@ from train_gpt2 import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, parse_args
 def train(**changes) -> float:
     """Train in this process; returns the validation loss."""
     return train_gpt2.main(parse_args(flags(**changes)))
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_lr", "keep_checkpoints"])
+def test_true_is_no_number(name):
+    with pytest.raises(UserError, match=f"--{name} is True, it must be a number from"):
+        TrainConfig(**{name: True})
 
 
 @pytest.mark.parametrize("config", [
@@ -91,8 +97,9 @@ def spoil(path, **changes) -> None:
     checkpoint.save(path.parent, state["step"], {**state, "train_config": settings, "path": None})
 
 
-@pytest.mark.parametrize("name, default, other", [
-    ("decay_steps", 0, 2), ("optimizer", "adamw", "muon"), ("weight_decay", 0.1, 0.2), ("branch_from", "", "x.pt")])
+@pytest.mark.parametrize("name, default, other", mostly_slow([
+    ("decay_steps", 0, 2), ("branch_from", "", "x.pt"), ("optimizer", "adamw", "muon"), ("weight_decay", 0.1, 0.2)],
+    kept=2))
 def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(name, default, other, finished_copy):
     data, out = finished_copy
     spoil(out / "model_000006.pt", **{name: None})
@@ -111,8 +118,9 @@ def finished_copy(shard_folder, tmp_path):
     return shard_folder, tmp_path / "out"
 
 
-@pytest.mark.parametrize("changes", [
-    {"micro_batch_size": "4"}, {"micro_batch_size": -1}, {"compile": "yes"}, {"max_steps": 1.5}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("changes", mostly_slow([
+    {"micro_batch_size": "4"}, {"optimizer": "sgd"}, {"micro_batch_size": -1}, {"compile": "yes"}, {"max_steps": 1.5}],
+    kept=2))
 def test_settings_that_no_run_can_have_are_refused_by_name(changes, finished_copy):
     data, out = finished_copy
     spoil(out / "model_000006.pt", **changes)
@@ -129,7 +137,7 @@ def test_a_step_beyond_the_run_is_refused_by_name(step, finished_copy):
         train(data=data, out_dir=out)
 
 
-@pytest.mark.parametrize("spelled", ["data/", "./data", "moved", "link"])
+@pytest.mark.parametrize("spelled", mostly_slow(["./data", "moved", "data/", "link"], kept=2))
 def test_the_same_data_spelled_otherwise_or_moved_continue(spelled, shard_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(data="data", out_dir="out", max_steps=4)
@@ -142,8 +150,10 @@ def test_the_same_data_spelled_otherwise_or_moved_continue(spelled, shard_folder
     assert read_log("out", "run")[-1]["origin"] == "resumed after step 2"
 
 
-@pytest.mark.parametrize("flag", ["init_from", "branch_from"])
-@pytest.mark.parametrize("spelled", ["./start.pt", "moved.pt", "other.pt", "absent.pt"])
+@pytest.mark.parametrize("flag, spelled", mostly_slow([
+    ("init_from", "moved.pt"), ("branch_from", "other.pt"),
+    ("init_from", "./start.pt"), ("init_from", "other.pt"), ("init_from", "absent.pt"),
+    ("branch_from", "./start.pt"), ("branch_from", "moved.pt"), ("branch_from", "absent.pt")], kept=2))
 def test_initial_weights_are_known_by_what_they_are(flag, spelled, shard_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(data=shard_folder, out_dir="first", max_steps=6)
@@ -198,6 +208,7 @@ def test_a_mistyped_flag_is_told_the_one_that_was_meant(given, meant):
         parse_args([given, "3"])
 
 
+@posix
 @pytest.mark.parametrize("script", ["train_gpt2", "fineweb", "hellaswag", "generate", "export_hf", "plot"])
 def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(script, tmp_path):
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"

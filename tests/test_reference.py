@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import needs
+from helpers import mostly_slow, needs
 
 import train_gpt2
 from plumbing import reference
@@ -39,7 +39,7 @@ def test_the_stored_numbers_are_those_of_transformers():
     assert found.std() > 1  # a model that says nothing would agree with anything
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("precision", mostly_slow(["highest", "high", "medium"]))
 def test_our_model_computes_gpt2_and_nothing_is_disturbed(precision):
     """Whatever precision a GPU is allowed; on a CPU that multiplies bfloat16, the lowest would give other logits."""
     model, before = GPT(GPTConfig(**SMALL)), torch.get_float32_matmul_precision()
@@ -251,7 +251,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("change", mostly_slow(list(CHANGES.values()), kept=12), ids=CHANGES.keys())
 def test_a_changed_model_does_not_compute_gpt2(change, monkeypatch):
     model, matches, found = GPT(GPTConfig(**SMALL)), reference.matches, []
     monkeypatch.setattr(reference, "matches", lambda *output, **__: found.append(matches(*output)) or found[-1])
@@ -266,6 +266,7 @@ def test_a_model_that_cannot_be_built_does_not_compute_gpt2(monkeypatch):
     assert not reference.computes_gpt2(model)
 
 
+@pytest.mark.slow
 def test_a_mask_that_leaves_nothing_out_is_still_gpt2(monkeypatch):
     """The tools of the tests above do no harm themselves."""
     windowed(1024)(monkeypatch)

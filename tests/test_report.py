@@ -22,6 +22,7 @@ from helpers import (
     flags,
     needs,
     once,
+    posix,
     random_gpt2,
     read_log,
     run,
@@ -56,7 +57,7 @@ def finished(tmp_path_factory):
         code, printed = run_until(arguments, "step 40/", signal.SIGTERM)
         assert code == 0, printed
         assert not (folder / "log" / "report.md").exists()
-        result = run(arguments)
+        result = run(arguments, whole=True)
         assert result.returncode == 0 and "resumed after step" in result.stdout, result.stderr
 
     return once(tmp_path_factory, "report", make) / "log"
@@ -322,6 +323,7 @@ def test_the_verdict_on_the_demo(losses, changes, expected, remark, tmp_path):
     assert report.remark(lines).startswith(remark) and bool(report.remark(lines)) == bool(remark)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expected, words", [(4.73, "not as expected (see report.md)"), (10.82, "as expected")])
 def test_the_last_lines_of_the_demo_tell_it(expected, words, tmp_path, monkeypatch, capsys):
     """One step with learning rate 0, which counts as the demo: the loss is that of new weights."""
@@ -360,6 +362,7 @@ def test_other_data_have_no_reference(shard_folder, tmp_path):
     assert "Not measured: HellaSwag" in text
 
 
+@pytest.mark.slow
 def test_openai_s_loss_counts_where_it_was_measured_on_the_same_tokens(finished, tmp_path, short_windows):
     """`--init_from gpt2 --eval_only` into the run's folder, OpenAI's weights from a hub on loopback."""
     random_gpt2(tmp_path / "model", std=0.02, n_layer=2, n_head=2, n_embd=16, n_positions=32)
@@ -414,6 +417,8 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+@posix
+@pytest.mark.slow
 def test_tensorboard_has_the_numbers_of_the_log_once_each(shard_folder, tmp_path):
     """Also of a run that was killed after steps that are done again when it is resumed."""
     pytest.importorskip("tensorboard")
@@ -431,10 +436,11 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(shard_folder, tmp_path
             assert len(expected) > 1 and found[f"{kind}/{key}"] == expected, (kind, key)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_evaluation_alone_and_other_ranks_leave_the_logger_alone(shard_folder, tmp_path):
     arguments = flags(data=shard_folder, out_dir=tmp_path / "log", logger="tensorboard")
-    result = run(arguments, ranks=2)
+    result = run(arguments, ranks=2, whole=True)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "log" / "tensorboard").iterdir())) == 1
     assert (tmp_path / "log" / "loss.png").exists()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import ENCODING, assert_same_run, final_state, flags, needs, read_log, run, same
+from helpers import ENCODING, assert_same_run, final_state, flags, mostly_slow, needs, posix, read_log, run, same
 
 import hellaswag
 import train_gpt2
@@ -32,13 +32,17 @@ def failing(monkeypatch, owner, name: str, error: BaseException, call: int) -> N
     monkeypatch.setattr(owner, name, fails)
 
 
-@pytest.mark.parametrize("case", [
+ERRORS = [  # what raises, at which call, the last finished step, the error
     (train_gpt2, "evaluate_val_loss", 2, 3, MemoryError()),
     (train_gpt2, "evaluate_val_loss", 3, 6, torch.OutOfMemoryError("CUDA out of memory")),
     (train_gpt2.DataLoaderLite, "batch", 20, 4, OSError("shard x was cut")),
     (train_gpt2.DataLoaderLite, "batch", 20, 4, SystemExit(3)),
     (train_gpt2.RunLog, "train", 5, 5, FloatingPointError("diverged")),
-    (train_gpt2.RunLog, "train", 5, 5, RuntimeError("a bug"))])
+    (train_gpt2.RunLog, "train", 5, 5, RuntimeError("a bug")),
+]
+
+
+@pytest.mark.parametrize("case", mostly_slow([(case,) for case in ERRORS]))
 def test_an_error_costs_no_finished_step(case, shard_folder, tmp_path, monkeypatch):
     owner, name, call, step, error = case
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -73,6 +77,7 @@ def test_an_error_in_hellaswag_or_a_sample_costs_no_finished_step(shard_folder, 
     assert [path.name for path in checkpoint.listing(tmp_path / "b")] == ["model_000004.pt"]
 
 
+@posix
 def test_a_signal_of_the_hardware_does_not_end_without_a_word(shard_folder, tmp_path):
     script = tmp_path / "bus.py"
     script.write_text("import os, signal, sys\nimport train_gpt2\n"
@@ -123,7 +128,7 @@ def test_keep_best_keeps_the_lowest_validation_loss_across_a_restart(shard_folde
     assert train_gpt2.GPT.load(tmp_path / "out" / checkpoint.BEST).count_parameters() > 0
 
 
-@pytest.mark.parametrize("fate", ["deleted", "damaged"])
+@pytest.mark.parametrize("fate", mostly_slow(["deleted", "damaged"]))
 def test_a_best_checkpoint_that_is_lost_is_replaced_by_the_next_best(fate, shard_folder, tmp_path):
     def train_best():
         train(tmp_path / "out", shard_folder, val_every=2, keep_checkpoints=9, keep_best=True)
@@ -166,6 +171,16 @@ def test_without_keep_best_there_is_none_and_it_may_be_added_later(shard_folder,
     assert checkpoint.load(tmp_path / "out" / checkpoint.BEST)["step"] == 6
 
 
+def test_a_branch_keeps_a_best_of_its_own(shard_folder, tmp_path, monkeypatch):
+    train(tmp_path / "first", shard_folder, keep_best=True, checkpoint_every=0)
+    state = final_state(tmp_path / "first")
+    del state["path"]
+    last = checkpoint.save(tmp_path / "first", 6, {**state, "best_val_loss": 1.0})
+    train(tmp_path / "branch", shard_folder, keep_best=True, checkpoint_every=0, branch_from=last, max_steps=7)
+    assert (tmp_path / "branch" / checkpoint.BEST).exists()
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_keep_the_best_and_the_steps_before_an_error(shard_folder, tmp_path):
     script = tmp_path / "fail.py"

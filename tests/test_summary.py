@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ENCODING, ROOT, flags, needs, read_log, run, write_shards
+from helpers import ENCODING, ROOT, flags, mostly_slow, needs, read_log, run, write_shards
 
 import train_gpt2
 from plumbing import cli, curve, machine, models, screen, summary
@@ -117,7 +117,7 @@ def test_a_started_run_is_not_stopped_for_its_length_but_warned(shard_folder, tm
     assert re.search("warning: this takes about .* years here", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("val_every", [0, 4, 5, 100])
+@pytest.mark.parametrize("val_every", mostly_slow([4, 0, 5, 100], kept=2))
 def test_the_validations_that_are_counted_are_those_of_the_run(val_every, shard_folder, tmp_path):
     changes = dict(data=shard_folder, out_dir=tmp_path, max_steps=8, val_every=val_every)
     train(**changes)
@@ -131,6 +131,7 @@ def test_the_validations_that_are_counted_are_those_of_the_run(val_every, shard_
         assert round(plan.val_seconds / one) == len([step for step in logged if step > first or first == 0])
 
 
+@pytest.mark.slow
 @needs(*ENCODING)
 def test_a_full_size_run_on_a_cpu_names_a_command_that_works_there(tmp_path):
     """The command that the refusal suggests, run as it stands but for fewer steps."""
@@ -140,7 +141,8 @@ def test_a_full_size_run_on_a_cpu_names_a_command_that_works_there(tmp_path):
     assert "epochs: beyond 4, a model memorizes more than it learns" in refused.stdout
     program, _script, *words = shlex.split(re.search(r"`(python .*?)`", refused.stderr)[1])
     assert program == "python" and words == ["--preset", "demo", "--data", "my shards"]
-    result = run([*words, "--max_steps", "3", "--warmup_steps", "1", "--device", "cpu"], cwd=tmp_path)
+    result = run([*words, "--max_steps", "3", "--warmup_steps", "1", "--val_tokens", "640", "--device", "cpu"],
+                 cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "log" / "my shards" / "model_000003.pt").exists()
 
@@ -158,6 +160,7 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
     assert machine.memory_bytes() == 12345
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 def test_the_estimate_of_memory_is_near_the_peak(tmp_path):
     """What a fresh process needs for a pass, as the system counts it, against the estimate."""
@@ -218,6 +221,7 @@ def test_after_twenty_steps_a_line_comes_about_each_second(seconds, log_every, d
     assert lines.is_due(19073)
 
 
+@pytest.mark.slow
 def test_every_step_is_logged_whether_or_not_it_is_printed(shard_folder, tmp_path):
     result = run(flags(data=shard_folder, out_dir=tmp_path, max_steps=40, log_every=15))
     printed = [int(step) for step in re.findall(r"step +(\d+)/40 \| loss", result.stdout)]
@@ -234,6 +238,7 @@ def test_nothing_is_said_to_be_configured_and_one_thread_is_singular(shard_folde
     assert "1 step," in rows["schedule"]
 
 
+@pytest.mark.slow
 @needs(*ENCODING, "transformers", "matplotlib")
 def test_the_last_lines_are_commands_that_work_from_any_folder(shard_folder, tmp_path):
     """Each command under the result, run as it stands, from a folder that is not the repository's."""
@@ -311,7 +316,8 @@ def test_a_command_is_told_as_it_works_from_here(tmp_path, monkeypatch):
         assert screen.Path(script).resolve() == ROOT / "train_gpt2.py" and screen.here("") == ""
 
 
-@pytest.mark.parametrize("log_every, said", [(1, False), (7, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("log_every, said", [(7, True), (1, False)])
 def test_it_is_said_once_from_where_on_steps_have_no_line(log_every, said, shard_folder, tmp_path, capsys):
     train(data=shard_folder, out_dir=tmp_path, max_steps=42, val_every=0, log_every=log_every)
     lines = capsys.readouterr().out.splitlines()

@@ -8,10 +8,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers import ENCODING, ROOT, flags, make_loader, needs, read_log, run
-from hypothesis import HealthCheck, given, settings
+from helpers import ENCODING, ROOT, TEXT, flags, make_loader, needs, read_log, run
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt2
 from plumbing import published, shards, text_file
 from plumbing.cli import UserError
 from plumbing.files import DataError, sha256
@@ -104,7 +105,7 @@ def test_damaged_tokens_of_a_text_are_made_again_or_named(large, tmp_path, capsy
         make_loader(str(large), "train", 4, 16, out_dir=str(tmp_path / "out"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(lines=st.lists(st.sampled_from(["", " ", "One word", f"in {MARK} text", MARK, f" {MARK}\t", "\u6f22\u5b57"]),
                       max_size=9), end=st.sampled_from(["", "\n"]), block=st.integers(20, 60))
 def test_documents_by_their_definition(lines, end, block, tmp_path, monkeypatch):
@@ -121,15 +122,23 @@ def test_documents_by_their_definition(lines, end, block, tmp_path, monkeypatch)
     assert tokens_of(tmp_path / "x.txt") == expected
 
 
-def test_the_summary_says_how_many_documents(tmp_path):
-    stories = (ROOT / "input.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+def train(**changes) -> None:
+    """Run train_gpt2.py in this process."""
+    train_gpt2.main(train_gpt2.parse_args(flags(**changes)))
+
+
+def test_the_summary_says_how_many_documents(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stories = TEXT.split("\n\n")[:60]
     (tmp_path / "x.txt").write_text(f"\n{MARK}\n".join(stories), encoding="utf-8")
-    result = run(flags(data="x.txt", out_dir="out"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"data \| x\.txt: 60 documents in [\d,]+ windows", result.stdout), result.stdout
+    train(data="x.txt", out_dir="out", max_steps=1)
+    said = capsys.readouterr().out
+    assert re.search(r"data \| x\.txt: 60 documents in [\d,]+ windows", said), said
     assert not list((tmp_path / "out").glob("tokens*"))  # a small one is not kept
-    result = run(flags(data=ROOT / "input.txt", out_dir="other"), cwd=tmp_path)
-    assert "documents in" not in result.stdout
+    (tmp_path / "y.txt").write_text("\n".join(stories), encoding="utf-8")
+    train(data="y.txt", out_dir="other", max_steps=1)
+    said = capsys.readouterr().out
+    assert "data | y.txt: " in said and "documents in" not in said
 
 
 @pytest.fixture
@@ -137,8 +146,7 @@ def large(tmp_path, monkeypatch):
     """A text that counts as large, with marks in it."""
     monkeypatch.setattr(text_file, "IN_MEMORY", 1000)
     path = tmp_path / "large.txt"
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:100_000]
-    path.write_text(text.replace("\n\n", f"\n{MARK}\n"), encoding="utf-8")
+    path.write_text(TEXT[:100_000].replace("\n\n", f"\n{MARK}\n"), encoding="utf-8")
     return path
 
 
@@ -161,54 +169,62 @@ def test_the_tokens_of_a_large_text_are_kept_and_found_again(large, tmp_path, mo
     assert [path.name for path in out.glob("tokens*")] == [cache.name]  # nothing unfinished is left
 
 
-def test_a_large_text_takes_little_memory(tmp_path):
+def test_a_large_text_takes_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "IN_MEMORY", 1 << 20)
+    monkeypatch.setattr(text_file, "BLOCK", 1 << 17)
     path = tmp_path / "large.txt"
-    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8") * 12, encoding="utf-8")
-    assert path.stat().st_size > text_file.IN_MEMORY
-    text_file.tokenize(path, tmp_path / "warm", World())
+    path.write_text(TEXT * 3, encoding="utf-8")
+    (tmp_path / "small.txt").write_text(TEXT[:10_000], encoding="utf-8")
+    text_file.tokenize(tmp_path / "small.txt", tmp_path / "warm", World())
     tracemalloc.start()
     try:
         parts = [text_file.open_text(path, split, tmp_path / "out", World()) for split in ("train", "val")]
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert most < 0.9 * path.stat().st_size and sum(map(len, parts)) > 12 * 200_000
+    assert most < 0.9 * path.stat().st_size and sum(map(len, parts)) > 3 * 200_000
 
 
-def test_a_run_on_a_large_text_is_resumed_and_evaluated_from_its_tokens(tmp_path):
-    """Through the real command: a bar on stderr once, the split and the losses of a text in memory."""
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    path, out = tmp_path / "large.txt", tmp_path / "out"
-    path.write_text((f"\n{MARK}\n" + text) * 9, encoding="utf-8")
-    arguments = flags(data=path, out_dir=out, max_steps=4)
-    first = run(arguments)
-    assert first.returncode == 0, first.stderr
-    assert "tokenizing large.txt" in first.stderr and "9 documents in" in first.stdout
+def test_a_run_on_a_large_text_is_resumed_and_evaluated_from_its_tokens(large, tmp_path, capsys):
+    """A bar on stderr once, the split and the losses of a text in memory."""
+    out = tmp_path / "out"
+    train(data=large, out_dir=out, max_steps=4)
+    said = capsys.readouterr()
+    documents = large.read_text(encoding="utf-8").count(MARK) + 1
+    assert "tokenizing large.txt" in said.err and f"{documents:,} documents in" in said.out
     cache, = out.glob("tokens-*.npy")
     written = cache.stat().st_mtime_ns
     (out / "model_000004.pt").unlink()
     losses = read_log(out, "train")
-    for more in ([], ["--eval_only"]):
-        again = run([*arguments, *more])
-        assert again.returncode == 0 and "tokenizing" not in again.stderr, again.stderr
+    for more in ({}, {"eval_only": True}):
+        train(data=large, out_dir=out, max_steps=4, **more)
+        assert "tokenizing" not in capsys.readouterr().err
     assert [line["loss"] for line in read_log(out, "train")] == [line["loss"] for line in losses]
     assert cache.stat().st_mtime_ns == written
     whole = np.load(cache)
-    assert whole.tolist() == special((MARK + text) * 9)
     boundary = len(whole) - len(whole) // 10
-    loader = make_loader(path, "val", 1, 16, out_dir=str(out))
+    loader = make_loader(large, "val", 1, 16, out_dir=str(out))
     assert loader.batch(0)[0].tolist()[0] == whole[boundary:boundary + 16].tolist()
 
 
+SMALL_IS_LARGE = """
+import sys
+import train_gpt2
+from plumbing import cli, text_file
+
+text_file.IN_MEMORY = 1000
+cli.run_command(lambda: train_gpt2.main(train_gpt2.parse_args(sys.argv[1:])))
+"""
+
+
 @pytest.mark.dist
-def test_rank_0_tokenizes_a_large_text_for_all(tmp_path):
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    (tmp_path / "large.txt").write_text(text * 9, encoding="utf-8")
-    losses = []
-    for ranks in (1, 2):
-        result = run(flags(data=tmp_path / "large.txt", out_dir=tmp_path / f"out{ranks}", max_steps=3), ranks=ranks)
-        assert result.returncode == 0 and result.stderr.count("100%") == 1, result.stderr
-        losses.append([line["loss"] for line in read_log(tmp_path / f"out{ranks}", "train")])
+@pytest.mark.slow
+def test_rank_0_tokenizes_a_large_text_for_all(large, tmp_path):
+    (tmp_path / "train.py").write_text(SMALL_IS_LARGE)
+    result = run(flags(data=large, out_dir=tmp_path / "out2", max_steps=3), ranks=2, script=tmp_path / "train.py")
+    assert result.returncode == 0 and result.stderr.count("100%") == 1, result.stderr
+    train(data=large, out_dir=tmp_path / "out1", max_steps=3)
+    losses = [[line["loss"] for line in read_log(tmp_path / f"out{ranks}", "train")] for ranks in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -236,8 +252,7 @@ def test_a_signal_ends_the_tokenizing(large, tmp_path):
 
 def test_the_demo_s_text_is_what_it_was(tmp_path):
     """Its loss is on record: the tokens of input.txt, and nothing in the log folder but what a run writes."""
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    assert tokens_of(ROOT / "input.txt", tmp_path, World()) == gpt2_encoding().encode_ordinary(text)
+    assert tokens_of(ROOT / "input.txt", tmp_path, World()) == gpt2_encoding().encode_ordinary(TEXT)
     assert os.listdir(tmp_path) == []
     described = shards.describe("input.txt", make_loader(ROOT / "input.txt", "val", 1, 64).shards, 10485760)
     assert described["val_sha256"] == published.DEMO["val_sha256"]

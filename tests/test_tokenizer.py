@@ -91,7 +91,7 @@ ODD = ["a", "b ", "ll", "'", "'s", "'ll", " ", "  ", "\n", "\r\n", "\t", "\x1c",
 @given(st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=40), st.integers(1, 9), st.randoms())
 @example(["  ", "a"], 1, random.Random(0))
 @example([" ", "a", "'ll", "\n\n", " "], 1, random.Random(0))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_text_encoded_in_pieces_has_tiktoken_s_tokens(words, piece, rng):
     text = "".join(words)
     before, tokenizer.PIECE = tokenizer.PIECE, piece

@@ -44,6 +44,8 @@ def start(arguments, ranks: int = 1, fault: str = "", options=(), fresh: bool = 
         words[at:at + 2] = options
     output = tempfile.TemporaryFile()
     environment = {**os.environ, "FAULT": fault, "PYTHONPATH": python_path(), **environment}
+    if "picture" in fault:
+        environment["WHOLE_RUN"] = "1"
     if forking and not fresh:
         process = Forked(words[1:], output, output, environment)
     else:

@@ -123,11 +123,11 @@ def read_only() -> list[Row]:
                 "refused in one line, exit code 2")]
 
 
-def disk(full: bool = False) -> list[Row]:
+def disk() -> list[Row]:
     """All of it; the real file system where one can be mounted."""
-    rows = [row for what in ("checkpoint", "log", "picture")[:3 if full else 2] for row in limited(what)]
-    if full and can_mount():
+    rows = [row for what in ("checkpoint", "log", "picture") for row in limited(what)]
+    if can_mount():
         rows += real()
-    elif full:
+    else:
         rows.append(Row("a full file system", 0, "not tried: this user may not mount one"))
     return rows + read_only()

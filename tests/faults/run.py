@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 import torch
 from faults.common import Row, end_all
-from faults.corrupt import corrupt
-from faults.disk import disk
+from faults.corrupt import checkpoints, corrupt, token_shards
+from faults.disk import disk, limited, read_only
 from faults.fuzz import fuzz
 from faults.kill import PASSES, KillConfig, kills
 from faults.not_finite import not_finite
@@ -28,16 +28,18 @@ from faults.several_ranks import a_killed_worker, a_raising_rank, another_world,
 from faults.signals import a_second_signal, one_rank_alone, signals, the_demo
 from faults.soak import soak
 from faults.two_runs import two_runs
-from faults.untrusted import untrusted
+from faults.untrusted import payloads, untrusted
 
 from plumbing import machine
 from plumbing import cli
 
 RECORD = Path(__file__).parent.parent.parent / "docs" / "faults.md"
-# part -> (what it is called, what pytest runs of it, what the record has)
+# part -> what it is called, what the default tests try, what the slow ones try besides, what the record has
 PARTS = {
     "kill": ("SIGKILL anywhere", {
-        "1_rank": lambda: [kills(KillConfig(kills=5, places="write,rename,log,validation,prune"))],
+        "1_rank": lambda: [kills(KillConfig(kills=2, places="write,log"))],
+    }, {
+        "more_places": lambda: [kills(KillConfig(kills=5, places="write,rename,log,validation,prune"))],
         "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2, places="write,update", seed=25))],
         "float16": lambda: [kills(KillConfig(kills=2, places="update,rename", dtype="float16", seed=7))],
     }, lambda: [kills(KillConfig(**config), workers=2) for config in (
@@ -45,24 +47,29 @@ PARTS = {
         dict(kills=16, compile=True, seed=4, places=",".join(PASSES)),
         dict(kills=20, dtype="float16", seed=5), dict(kills=8, ranks=2, dtype="float16", seed=6),
         dict(kills=8, ranks=2, compile=True, seed=8, places="write,update,validation,rename"))]),
-    "signals": ("Signals", {
+    "signals": ("Signals", {}, {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
         "2_ranks": lambda: signals(2, ("TERM",), ("validation",)),
         "1_of_2_ranks": lambda: one_rank_alone(),
         "twice": lambda: a_second_signal(("validation",), ("TERM+TERM",)),
     }, lambda: [*signals(), *signals(2), *one_rank_alone(), *a_second_signal(), *the_demo()]),
-    "ranks": ("Ranks and torchrun", {
-        "killed": lambda: a_killed_worker(),
+    "ranks": ("Ranks and torchrun", {}, {
         "raising": lambda: a_raising_rank(("step",)),
+        "killed": lambda: a_killed_worker(),
     }, lambda: [*a_killed_worker(4), *a_raising_rank(), *two_agents()]),
-    "world": ("Another number of ranks", {"1_2_1": lambda: another_world()}, lambda: another_world()),
-    "disk": ("Disk", {"full": lambda: disk()}, lambda: disk(full=True)),
-    "corrupt": ("Corruption", {"bits": lambda: corrupt(40, 12)}, lambda: corrupt()),
-    "numbers": ("Inf and nan", {"few": lambda: not_finite()}, lambda: not_finite(full=True)),
-    "fuzz": ("Bad input", {"100": lambda: fuzz(100, 6, 5)}, lambda: fuzz(2000, 50, 250)),
-    "untrusted": ("Untrusted files", {"all": lambda: untrusted()}, lambda: untrusted()),
-    "two_runs": ("Two runs in one folder", {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
-    "soak": ("Soak", {"450_steps": lambda: soak(450, settled=150, share=0.1)},
+    "world": ("Another number of ranks", {}, {"1_2_1": lambda: another_world()}, lambda: another_world()),
+    "disk": ("Disk", {"read_only": lambda: read_only()},
+             {"full": lambda: [*limited("checkpoint"), *limited("log")]}, lambda: disk()),
+    "corrupt": ("Corruption", {"bits": lambda: [*checkpoints(12, 5), *token_shards(12)]},
+                {"more": lambda: corrupt(40, 12)}, lambda: corrupt()),
+    "numbers": ("Inf and nan", {}, {"few": lambda: not_finite(few=True)},
+                lambda: not_finite()),
+    "fuzz": ("Bad input", {"24": lambda: fuzz(24, 1, 1)}, {"100": lambda: fuzz(100, 6, 5)},
+             lambda: fuzz(2000, 50, 250)),
+    "untrusted": ("Untrusted files", {"payloads": lambda: payloads()}, {"all": lambda: untrusted()},
+                  lambda: untrusted()),
+    "two_runs": ("Two runs in one folder", {}, {"1_rank": lambda: two_runs(((1, 1),))}, lambda: two_runs()),
+    "soak": ("Soak", {}, {"450_steps": lambda: soak(450, settled=150, share=0.1)},
              lambda: [*soak(), *soak(share=0.15, plain=False)]),
 }
 
@@ -77,9 +84,9 @@ class FaultsConfig:
 
 def try_part(name: str, full: bool) -> tuple[list[Row], float]:
     """The rows of a part, and how long it took; what broke a promise is a row too."""
-    _, small, record = PARTS[name]
+    _, quick, slow, record = PARTS[name]
     rows, started = [], time.monotonic()
-    for action in ([record] if full else small.values()):
+    for action in ([record] if full else [*quick.values(), *slow.values()]):
         try:
             rows += action()
         except Exception as error:
@@ -110,7 +117,7 @@ def write_record(sections: dict[str, str]) -> None:
     head = ("# What was tried to break it, and what happened\n\n`python tests/faults/run.py --full` writes this; "
             f"Python {platform.python_version()}, torch {torch.__version__}. Every fault is a real one:\nprocesses are "
             "killed, file systems are full, bits are flipped. A small part of it runs with `pytest`.")
-    parts = [known[title] for title, _, _ in PARTS.values() if title in known]
+    parts = [known[title] for title, *_ in PARTS.values() if title in known]
     RECORD.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
 
 
