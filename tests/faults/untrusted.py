@@ -135,7 +135,7 @@ def links() -> list[Row]:
         out.mkdir()
         for name in ("model_000002.pt.tmp", "log.jsonl.tmp", "loss.png.tmp", "loss.png", "report.md", "report.md.tmp"):
             (out / name).symlink_to(victim)
-        result = run(flags(data=data, out_dir=out))
+        result = run(flags(data=data, out_dir=out), whole=True)
         assert result.returncode == 0, result.stderr
         assert victim.read_text() == "precious" and not [path for path in out.iterdir() if path.is_symlink()]
         for name, changes in (("log.jsonl", {}), ("eval.jsonl", {"max_steps": 0})):
