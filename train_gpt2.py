@@ -310,10 +310,10 @@ class DataLoaderLite:
 # -----------------------------------------------------------------------------
 
 def configure_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> list:
-    """Make AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest.
+    """Make AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay is for tensors of two or more dimensions; the betas are GPT-3's. Muon's updates are
-    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both. `eager` saves an import.
+    Weight decay is for matrices alone; the betas are GPT-3's. Muon's updates get the size of AdamW's
+    (Liu et al. 2025): one rate serves both. `eager` leaves the import of torch.compile out.
     """
     by_muon = {}
     if config.optimizer == "muon":

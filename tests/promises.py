@@ -9,7 +9,7 @@ PROMISES = {  # what is promised: the test files that check it, and what else by
     "the order of the tokens, at any batch size and number of ranks": ("data", "two_ranks_see|loader|world-"),
     "killed, stopped or resumed: the same bits": ("stop branch resume", r"\[kill-|\[signals-|bit_by_bit|never_stopped"),
     "an error, or a folder that goes, costs no finished step": ("rescue folder", None),
-    "a full disk costs no checkpoint": ("", "disk"),
+    "a full disk costs no checkpoint": ("", r"full_disk|\[disk-"),
     "damaged and foreign files are refused by name": ("checkpoint foreign foreign_data", r"\[corrupt-|damaged"),
     "inf and nan change no weight": ("", r"\[numbers-|not_finite|overflow"),
     "nothing that is loaded runs code": ("foreign", r"\[untrusted-"),
