@@ -19,7 +19,8 @@ providers._get_local_constants = lambda: providers._local_constants
 
 def pytest_collection_modifyitems(items) -> None:
     """The longest tests come first, so that none is left alone at the end."""
-    items.sort(key=lambda item: item.path.stem != "test_faults" and "lm_eval" not in item.name)
+    long = ("notebook_runs", "compiled", "lm_eval")
+    items.sort(key=lambda item: item.path.stem != "test_faults" and not any(word in item.name for word in long))
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

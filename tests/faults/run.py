@@ -40,7 +40,7 @@ PARTS = {
         "1_rank": lambda: [kills(KillConfig(kills=2, places="write,log"))],
     }, {
         "more_places": lambda: [kills(KillConfig(kills=5, places="write,rename,log,validation,prune"))],
-        "2_ranks": lambda: [kills(KillConfig(kills=2, ranks=2, places="write,update", seed=25))],
+        "2_ranks": lambda: [kills(KillConfig(kills=1, ranks=2, places="write", seed=25))],
         "float16": lambda: [kills(KillConfig(kills=2, places="update,rename", dtype="float16", seed=7))],
     }, lambda: [kills(KillConfig(**config), workers=2) for config in (
         dict(kills=200), dict(kills=50, ranks=2, seed=2), dict(kills=30, optimizer="muon", seed=3),
@@ -49,7 +49,6 @@ PARTS = {
         dict(kills=8, ranks=2, compile=True, seed=8, places="write,update,validation,rename"))]),
     "signals": ("Signals", {}, {
         "1_rank": lambda: signals(1, ("TERM",), ("validation", "hellaswag", "write")),
-        "2_ranks": lambda: signals(2, ("TERM",), ("validation",)),
         "1_of_2_ranks": lambda: one_rank_alone(),
         "twice": lambda: a_second_signal(("validation",), ("TERM+TERM",)),
     }, lambda: [*signals(), *signals(2), *one_rank_alone(), *a_second_signal(), *the_demo()]),
