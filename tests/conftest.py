@@ -1,4 +1,5 @@
 """Fixtures that several test files use, the order of the tests, what property tests try, and pytest's last lines."""
+import math
 from pathlib import Path
 
 import promises
@@ -7,7 +8,7 @@ from helpers import write_shards
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-from plumbing import curve
+from plumbing import curve, runlog
 
 # the same examples at every run, on every machine and in any order of the tests; a test may give max_examples
 settings.register_profile("same", derandomize=True, deadline=None, database=None, suppress_health_check=[
@@ -37,10 +38,16 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def spared(request, monkeypatch) -> None:
-    """Draw no picture after a run in this process, which takes half of a small one's time, but for `whole` runs."""
-    if not request.node.get_closest_marker("whole"):
-        monkeypatch.setattr(curve, "draw", lambda *_, **__: None)
+def spared(request):
+    """Draw no picture of a run in this process, which takes half of a small one's time, but for `whole` runs.
+
+    Nor does a slow run look after its folder then, as it does with a picture every ten seconds.
+    """
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it has patched
+        if not request.node.get_closest_marker("whole"):
+            patch.setattr(curve, "draw", lambda *_, **__: None)
+            patch.setattr(runlog, "PICTURE_SECONDS", math.inf)
+        yield
 
 
 @pytest.fixture
