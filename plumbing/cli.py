@@ -195,7 +195,8 @@ def make_parser(cls, description: str, positional: tuple[str, ...], presets, def
     """Make the parser of parse_flags(). Its help shows `defaults`, {field: value}, and otherwise those of cls."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m bench.NAME`
-    words = ["python", f"-m {spec.name}" if spec else sys.argv[0].replace("%", "%%")]
+    name = spec.name.removesuffix(".__main__") if spec else sys.argv[0].replace("%", "%%")
+    words = ["python", f"-m {name}" if spec else name]
     words += [f"[{name.upper()} ...]" if fields[name].type is list else f"[{name.upper()}]" for name in positional]
     if len(fields) > len(positional):
         words.append("[--flag VALUE ...]")

@@ -442,6 +442,15 @@ def words(flags: dict) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
+BENCHES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "peers"} | {"study"})
+
+
+def bench_module(name: str):
+    """Import the module that `python -m bench.NAME` runs."""
+    is_package = (ROOT / "bench" / name).is_dir()
+    return importlib.import_module(f"bench.{name}" + ".__main__" * is_package)
+
+
 @functools.cache
 def command_configs() -> dict:
     """The dataclass of each command and bench, and its arguments that are no flags."""
@@ -451,10 +460,9 @@ def command_configs() -> dict:
     import hellaswag
     import plot
 
-    benches = {f"bench.{path.stem}" for path in (ROOT / "bench").glob("*.py")} - {"bench.__init__", "bench.peers"}
     return {
         "train_gpt2": (train_gpt2.TrainConfig, ()), "fineweb": (fineweb.FineWebConfig, ()),
         "hellaswag": (hellaswag.HellaSwagConfig, ()), "generate": (generate.GenerateConfig, ()),
         "export_hf": (export_hf.ExportConfig, ("model", "out")), "plot": (plot.PlotConfig, ("runs",)),
-        **{name: (importlib.import_module(name).BenchConfig, ()) for name in sorted(benches)},
+        **{f"bench.{name}": (bench_module(name).BenchConfig, ()) for name in BENCHES},
     }

@@ -3,7 +3,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", "plumbing", "bench", "tests", "tests/faults")
+FOLDERS = (".", "plumbing", "bench", "bench/study", "tests", "tests/faults")
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:

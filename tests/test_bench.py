@@ -3,19 +3,17 @@
     pytest tests/test_bench.py
 """
 import dataclasses
-import importlib
 import json
 import re
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, mostly_slow
+from helpers import BENCHES, ROOT, bench_module, mostly_slow
 
 from bench import gpu
 from plumbing.cli import UserError, parse_flags
 
-BENCHES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "peers"})
 TOY = ["--device", "cpu", "--model", "demo", "--sequence_length", "64", "--total_batch_size", "512", "--steps", "4",
        "--batch", "4", "--repeats", "1", "--train_seconds", "4"]
 REPORT = """
@@ -62,7 +60,7 @@ def test_bench_starts_as_a_module_and_refuses_an_unknown_flag_in_one_line(name):
 
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench_lists_every_setting_as_a_flag(name, capsys):
-    config = importlib.import_module(f"bench.{name}").BenchConfig
+    config = bench_module(name).BenchConfig
     with pytest.raises(SystemExit):
         parse_flags(config, ["--help"], "")
     listed = set(re.findall(r"--(\w+)", capsys.readouterr().out))

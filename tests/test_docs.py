@@ -70,7 +70,7 @@ NOT_RUN = {
     "torchrun --nnodes=2": "needs several machines",
     "sbatch": "needs a cluster",
     "bench/gpu.sh": "needs a GPU; tests/test_bench.py runs it on a CPU",
-    "python -m bench.": "takes minutes; tests/test_bench.py runs them at toy size",
+    "python -m bench.": "takes minutes; tests/test_bench.py and tests/test_study.py run them at toy size",
     "python tests/faults/run.py": "takes minutes; tests/test_faults.py runs its parts",
     "python tests/mutants.py": "takes most of an hour; tests/test_mutants.py checks what it would do",
     "pytest": "is what runs this",
@@ -239,7 +239,8 @@ def test_what_is_not_run_is_in_the_pages():
 def test_commands_begin_with_a_script_or_program_that_is_there():
     for command in COMMANDS:
         if command.words[:2] == ["python", "-m"]:
-            assert (ROOT / (command.words[2].replace(".", "/") + ".py")).is_file(), command
+            module = ROOT / command.words[2].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), command
         for word in command.words:
             if word.endswith((".py", ".sh")) and not word.startswith("-"):
                 assert (ROOT / word).is_file(), command
@@ -247,7 +248,7 @@ def test_commands_begin_with_a_script_or_program_that_is_there():
 
 def known_flags() -> set[str]:
     """Every flag of our commands: the fields of their dataclasses."""
-    sources = [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py"), ROOT / "tests" / "faults" / "run.py"]
+    sources = [*ROOT.glob("*.py"), *(ROOT / "bench").rglob("*.py"), ROOT / "tests" / "faults" / "run.py"]
     fields = {name for path in sources for name in
               re.findall(r"^    (\w+): .+  # ", path.read_text(encoding="utf-8"), re.MULTILINE)}
     return fields | {"help", "preset"}

@@ -61,7 +61,7 @@ def test_no_command_but_hellaswag_s_own_imports_training_in_a_circle():
 
 
 def test_no_module_is_imported_under_its_old_name():
-    for folder in (".", "bench", "plumbing", "tests", "tests/faults"):
+    for folder in (".", "bench", "bench/study", "plumbing", "tests", "tests/faults"):
         for path in (ROOT / folder).glob("*.py"):
             old = {module.split(".")[0] for module in imported(path)} & PLUMBING
             assert not old, f"{path} imports {old}"
@@ -158,7 +158,7 @@ def parts_run_at_import(node: ast.AST):
                 yield from parts_run_at_import(part)
 
 
-@pytest.mark.parametrize("folder", [".", "plumbing", "bench", "tests"])
+@pytest.mark.parametrize("folder", [".", "plumbing", "bench", "bench/study", "tests"])
 def test_every_module_can_be_imported_on_windows(folder):
     """As far as can be told elsewhere: what is not there is not asked for before a function runs."""
     for path in (ROOT / folder).glob("*.py"):

