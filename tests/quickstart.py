@@ -18,9 +18,10 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 SECONDS = 3600  # for a cell, at most
 
 
-def execute(folder: Path):
+def execute(folder: Path, second_steps: int = 0):
     """Execute the notebook in `folder`, on a copy of the code -> the notebook with its outputs.
 
+    With `second_steps` its second training is that short, as a test that has seen the first one to its end can afford.
     Raises nbclient's CellExecutionError if a cell does.
     """
     for name in ("plumbing", "docs"):
@@ -28,6 +29,8 @@ def execute(folder: Path):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "input.txt"):
         shutil.copy(path, folder)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells if second_steps else ():
+        cell.source = cell.source.replace('PRESETS["demo"] | {', f'PRESETS["demo"] | {{"max_steps": {second_steps}, ')
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                    "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
