@@ -65,7 +65,7 @@ SCALES = {
     "cpu": SMALL,
     "gpu": Scale("gpu", dict(n_layer=12, n_head=12, n_embd=768), vocab_size=50304, sequence_length=1024,
                  tokens_per_step=65536, steps=1000, warmup_steps=100, max_lr=6e-4, val_tokens=2**20, device="cuda"),
-    "quick": dataclasses.replace(SMALL, name="quick", steps=40, warmup_steps=8, tokens_per_step=512, seeds=2,
+    "quick": dataclasses.replace(SMALL, name="quick", steps=25, warmup_steps=5, tokens_per_step=512, seeds=2,
                                  val_tokens=4096),
     "toy": dataclasses.replace(SMALL, name="toy", shape=dict(n_layer=2, n_head=2, n_embd=16), sequence_length=16,
                                tokens_per_step=64, steps=4, warmup_steps=1, val_tokens=256, seeds=2, parallel=1),

@@ -10,6 +10,7 @@ and moments stay float32.
 """
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,20 @@ from plumbing import machine
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Size(NamedTuple):
+    """The model and the batch whose steps are timed."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+    V: int
+    B: int
+    T: int
+
+
+SIZES = {"cpu": Size(4, 8, 512, V=4096, B=4, T=256), "gpu": Size(12, 12, 768, V=50304, B=8, T=1024),
+         "emulated": Size(2, 4, 128, V=1024, B=1, T=128), "toy": Size(2, 2, 32, V=512, B=1, T=32)}
+
+
 def measure(lab) -> dict:
     """Train in each precision that the hardware has, and time steps of a larger model in all of them."""
     scale, device = lab.scale, torch.device(lab.scale.device)
@@ -30,26 +45,27 @@ def measure(lab) -> dict:
     steps = {"cpu": 500, "gpu": 500}.get(scale.name, scale.steps)
     length = dict(max_steps=steps, val_every=max(1, steps // 5))
     found = lab.by_seed({name: dict(dtype=name, **length) for name in DTYPES if native[name] or scale.name == "toy"})
-    timed = {name: lab.alone(time_steps, name, scale.name, scale.device) for name in DTYPES}
+    size = SIZES.get(scale.name, SIZES["toy"])
+    if scale.name == "cpu" and not all(native.values()):
+        size = SIZES["emulated"]
+    timed = {name: lab.alone(time_steps, name, size, scale.device) for name in DTYPES}
     return {"tokens_per_step": scale.tokens_per_step, "native": native, "timed": timed, "outcomes": to_json(found)}
 
 
-def time_steps(dtype: str, scale_name: str, device_name: str) -> dict:
+def time_steps(dtype: str, size: Size, device_name: str) -> dict:
     """Return tokens per second, and the peak memory in bytes, of a model in a process of its own.
 
-    At most twenty steps and 20 seconds: without hardware for it a format is a hundred times slower.
+    At most twenty steps, and no more after 20 seconds: what the hardware does not have is a hundred times slower.
     """
-    device, B, T = torch.device(device_name), *{"cpu": (4, 256), "gpu": (8, 1024)}.get(scale_name, (1, 32))
-    shapes = {"cpu": dict(n_layer=4, n_head=8, n_embd=512), "gpu": {}}
-    shape = shapes.get(scale_name, dict(n_layer=2, n_head=2, n_embd=32))
+    device, B, T = torch.device(device_name), size.B, size.T
     torch.manual_seed(1)
     machine.keep_freed_memory()
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(T, 50304 if scale_name == "gpu" else 4096, **shape)).to(device)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(T, size.V, size.n_layer, size.n_head, size.n_embd)).to(device)
     optimizers = train_gpt2.configure_optimizers(model, train_gpt2.TrainConfig(yes=True), device)
     scaler = machine.make_scaler(dtype, device)
-    tokens = torch.randint(4096, (B, T + 1), device=device)
+    tokens = torch.randint(size.V, (B, T + 1), device=device)
     seconds, started = [], time.perf_counter()
-    while len(seconds) < 20 and (len(seconds) < 3 or time.perf_counter() - started < 20):
+    while len(seconds) < 20 and (len(seconds) < 2 or time.perf_counter() - started < 20):
         begun = time.perf_counter()
         with machine.autocast(getattr(torch, dtype), device):
             loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -60,7 +76,7 @@ def time_steps(dtype: str, scale_name: str, device_name: str) -> dict:
         model.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - begun)
-    return {"tokens_per_s": B * T / statistics.median(seconds[len(seconds) // 3:]), "peak_bytes": peak_memory()}
+    return {"tokens_per_s": B * T / statistics.median(seconds[1:]), "peak_bytes": peak_memory()}
 
 
 def by_step(found: dict, name: str) -> list[list[float]]:
