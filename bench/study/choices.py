@@ -7,8 +7,7 @@ some of them. The exact GELU and no biases make no difference. Post-norm is wors
 warmup, which pre-norm hardly needs at this size.
 """
 from bench.study.lab import from_json, to_json
-from bench.study.page import Report, compared, loss_curves, table
-from bench.study.stats import difference, spread
+from bench.study.page import Report, against, compared, loss_curves, table
 
 VARIANTS = {
     "GPT-2": {}, "no positions": dict(variant="no_positions"), "exact GELU": dict(variant="exact_gelu"),
@@ -25,15 +24,14 @@ def measure(lab) -> dict:
 def report(results: dict) -> Report:
     """Compare each variant with GPT-2, and post-norm without warmup with pre-norm without."""
     found = from_json(results["outcomes"])
-    losses = {name: [one.loss for one in some] for name, some in found.items()}
-    apart = {name: difference(losses["GPT-2"], some) for name, some in losses.items()}
-    rows = [(name, spread(some), "" if name == "GPT-2" else apart[name]) for name, some in losses.items()]
+    apart, rows = against(found, "GPT-2")
+    without_warmup, _ = against(found, "no warmup")
     return Report([
         compared("learned positions lower the loss", apart["no positions"], 1),
         compared("the exact GELU makes no difference", apart["exact GELU"], 0),
         compared("biases make no difference", apart["no biases"], 0),
         compared("pre-norm has a lower loss than post-norm", apart["post-norm"], 1),
         compared("without warmup post-norm is worse than pre-norm",
-                 difference(losses["no warmup"], losses["post-norm, no warmup"]), 1),
+                 without_warmup["post-norm, no warmup"], 1),
     ], table(("variant", "validation loss ± deviation", "above GPT-2, with 95 % interval"), rows),
         {"choices": lambda figure: loss_curves(figure, found, results["tokens_per_step"])})

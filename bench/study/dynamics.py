@@ -10,8 +10,7 @@ weights and fall with the learning rate; attention starts uniform and its entrop
 first, and late positions have the lower loss.
 """
 from bench.study.lab import from_json, to_json
-from bench.study.page import Report, band, compared, curve_axis, mean, measured, table
-from bench.study.stats import difference, spread
+from bench.study.page import Report, against, band, compared, curve_axis, mean, measured, table
 
 
 def variants(scale) -> dict[str, dict]:
@@ -102,16 +101,14 @@ def binned(losses: list[float], bins: int = 16) -> list[float]:
 def report(results: dict) -> Report:
     """Compare each variant with GPT-2's own recipe, and say what moved within it."""
     found = from_json(results["outcomes"])
-    losses = {name: [one.loss for one in some] for name, some in found.items()}
-    apart = {name: difference(losses["GPT-2"], some) for name, some in losses.items()}
+    apart, rows = against(found, "GPT-2")
     first, last = ([one.records[i] for one in found["GPT-2"]] for i in (0, -1))
     updates = [record["updates"] for one in found["GPT-2"] for record in one.records[1:] if "updates" in record]
     low, high = (pick(value for update in updates for value in update.values()) for pick in (min, max))
     entropy = [mean(mean(record["entropy"]) for record in records) for records in (first, last)]
     ends = [mean(binned(record["by_position"])[i] for record in last) for i in (0, -1)]
     above = [mean(norm > 1 for norm in one.norm) for one in found["GPT-2"]]
-    rows = [(name, spread(some), "" if name == "GPT-2" else apart[name],
-             f"{max(max(one.norm) for one in found[name]):.1f}") for name, some in losses.items()]
+    rows = [(*row, f"{max(max(one.norm) for one in found[row[0]]):.1f}") for row in rows]
     text = table(("variant", "validation loss ± deviation", "above GPT-2, 95 % interval", "largest norm"), rows)
     text += f"\n\nThe gradient norm is above 1, and so clipped, in {mean(above):.0%} of the steps of GPT-2's recipe."
     return Report([

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.study.stats import Difference, verdict
+from bench.study.stats import Difference, difference, spread, verdict
 from plumbing import curve
 
 COLORS = [color for color, _, _ in curve.STYLES]  # dark and light alternate, which grey keeps apart
@@ -30,6 +30,13 @@ class Report(NamedTuple):
 def compared(sentence: str, found: Difference, predicted: int, negligible: float = 0.01) -> Claim:
     """Return the claim on a difference of losses, with its verdict."""
     return Claim(sentence, verdict(found, predicted, negligible), f"{found} nats")
+
+
+def against(found: dict[str, list], base: str) -> tuple[dict[str, Difference], list[tuple]]:
+    """Return by variant how far its losses are above those of `base`, and rows: name, loss, difference."""
+    losses = {name: [one.loss for one in some] for name, some in found.items()}
+    apart = {name: difference(losses[base], some) for name, some in losses.items()}
+    return apart, [(name, spread(some), "" if name == base else apart[name]) for name, some in losses.items()]
 
 
 def measured(sentence: str, true: bool, effect: str) -> Claim:

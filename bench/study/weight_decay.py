@@ -6,8 +6,7 @@ Prediction: no. At a decay of 0.1 a weight that gets no gradient loses a tenth i
 short for regularization to show, and biases and LayerNorms are less than 2 % of the parameters.
 """
 from bench.study.lab import from_json, to_json
-from bench.study.page import Report, compared, loss_curves, table
-from bench.study.stats import difference, spread
+from bench.study.page import Report, against, compared, loss_curves, table
 
 VARIANTS = {"on matrices": {}, "on everything": dict(variant="decay_on_all"), "on nothing": dict(weight_decay=0.0)}
 
@@ -20,9 +19,7 @@ def measure(lab) -> dict:
 def report(results: dict) -> Report:
     """Compare decay on everything and on nothing with decay on matrices."""
     found = from_json(results["outcomes"])
-    losses = {name: [one.loss for one in some] for name, some in found.items()}
-    apart = {name: difference(losses["on matrices"], some) for name, some in losses.items()}
-    rows = [(name, spread(some), "" if name == "on matrices" else apart[name]) for name, some in losses.items()]
+    apart, rows = against(found, "on matrices")
     return Report([
         compared("decay on biases and LayerNorms too makes no difference", apart["on everything"], 0),
         compared("no decay at all makes no difference", apart["on nothing"], 0),
