@@ -341,4 +341,3 @@ def test_outcomes_survive_json():
 
 def test_a_table_is_markdown():
     assert page.table(("a", "b"), [(1, 2)]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    assert dataclasses.is_dataclass(lab.Scale)
