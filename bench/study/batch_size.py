@@ -14,7 +14,7 @@ from bench.study.page import COLORS, LINES, Report, band, compared, curve_axis, 
 from bench.study.stats import difference, spread
 from plumbing import published
 
-FACTORS = (0.25, 0.5, 1, 2)  # of the usual batch
+FACTORS = (0.5, 1, 2, 4)  # of the usual batch
 RATES = (0.5, 1.0, 2.0)  # of the usual rate, times the root of the factor
 
 

@@ -59,8 +59,8 @@ class Scale:
             dtype="auto" if self.device == "cuda" else "float32", yes=True)
 
 
-SMALL = Scale("cpu", dict(n_layer=4, n_head=4, n_embd=64), vocab_size=1024, sequence_length=128, tokens_per_step=2048,
-              steps=300, warmup_steps=30, max_lr=6e-3, val_tokens=32768, parallel=2)
+SMALL = Scale("cpu", dict(n_layer=4, n_head=4, n_embd=48), vocab_size=1024, sequence_length=128, tokens_per_step=1024,
+              steps=800, warmup_steps=80, max_lr=1.2e-2, val_tokens=32768, parallel=2)
 SCALES = {
     "cpu": SMALL,
     "gpu": Scale("gpu", dict(n_layer=12, n_head=12, n_embd=768), vocab_size=50304, sequence_length=1024,
@@ -168,11 +168,12 @@ def rounded(value):
 
 
 class Lab:
-    """Makes runs at one scale, and keeps what they have shown in `out`."""
+    """Makes runs at one scale; keeps what they have shown in `folder` (by default of the scale's name in `out`)."""
 
-    def __init__(self, scale: Scale, out: Path, data: str = ""):
+    def __init__(self, scale: Scale, out: Path, data: str = "", folder: Path | None = None, first_seed: int = 1):
         self.scale, self.out, self.given = scale, Path(out), data
-        self.seeds = range(1, scale.seeds + 1)
+        self.folder = folder or self.out / scale.name
+        self.seeds = range(first_seed, first_seed + scale.seeds)
         self.pool = None  # of the processes that make runs
 
     def close(self) -> None:
@@ -194,19 +195,18 @@ class Lab:
 
     def train(self, trials: list[Trial]) -> dict[Trial, Outcome]:
         """Make the runs that have not been made; return what each has shown. Raises UserError if one fails."""
-        folder = self.out / self.scale.name
-        missing = [one for one in dict.fromkeys(trials) if not (folder / one.name / "outcome.json").exists()]
+        missing = [one for one in dict.fromkeys(trials) if not (self.folder / one.name / "outcome.json").exists()]
         started = time.perf_counter()
-        for done, (one, loss) in enumerate(self.finished(missing, folder), 1):
+        for done, (one, loss) in enumerate(self.finished(missing), 1):
             left = (time.perf_counter() - started) / done * (len(missing) - done)
             print(f"{done:>4}/{len(missing)} | {loss:.4f} | {one.name} | ETA {cli.clock(left)}", flush=True)
-        return {one: Outcome(**json.loads((folder / one.name / "outcome.json").read_text())) for one in trials}
+        return {one: Outcome(**json.loads((self.folder / one.name / "outcome.json").read_text())) for one in trials}
 
-    def finished(self, trials: list[Trial], folder: Path):
+    def finished(self, trials: list[Trial]):
         """Make the runs; yield each with its loss when it has ended. Raises UserError if one fails."""
         if not trials:
             return
-        jobs = {one: (self.scale, self.data, folder / one.name, one) for one in trials}
+        jobs = {one: (self.scale, self.data, self.folder / one.name, one) for one in trials}
         if self.scale.parallel == 1:
             for one, job in jobs.items():
                 with failure_named(one):

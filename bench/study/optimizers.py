@@ -12,7 +12,7 @@ from bench.study.lab import from_json, to_json, trial
 from bench.study.page import Report, compared, listed, loss_curves, measured, table
 from bench.study.stats import difference, spread
 
-LARGER = {"cpu": dict(n_layer=6, n_embd=128), "quick": {}, "toy": {}, "gpu": {}}
+LARGER = {"cpu": dict(n_layer=6, n_embd=96), "quick": {}, "toy": {}, "gpu": {}}
 RATES = {"AdamW": (0.5, 1.0, 2.0), "Muon": (1.5, 3.0, 6.0)}  # of the usual rate
 SHARE = 0.4  # of the steps, in which Muon is also run to its end
 

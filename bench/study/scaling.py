@@ -16,7 +16,7 @@ from bench.study.page import COLORS, Report, mean, measured, table
 from bench.study.stats import PowerLaw, fit_power_law
 from plumbing import published
 
-SIZES = {"cpu": ((4, 32), (4, 48), (4, 64), (4, 96), (6, 96), (6, 128)),
+SIZES = {"cpu": ((4, 24), (4, 32), (4, 48), (4, 64), (6, 64), (6, 96)),
          "quick": ((4, 32), (4, 48), (4, 64), (4, 80), (6, 64), (6, 80)),
          "toy": ((1, 8), (1, 16), (2, 16), (2, 24), (2, 32), (3, 32)),
          "gpu": ((6, 256), (6, 384), (8, 512), (12, 512), (12, 640), (12, 768))}  # (layers, channels)
