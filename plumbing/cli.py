@@ -16,6 +16,8 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 from plumbing import flag_help
 
+BENCH_PACKAGES = ("scipy", "transformers")  # which requirements-dev.txt has, and requirements.txt has not
+
 
 class UserError(Exception):
     """Raised for what the user can mend. Commands print it as one line, without a traceback, and exit with code 2."""
@@ -76,7 +78,8 @@ def run_command(main, *arguments):
     except (UserError, OSError) as error:
         message, code = str(error), 2
     except ModuleNotFoundError as error:
-        message, code = f"{error}: run pip install -r requirements.txt", 2
+        file = "requirements-dev.txt" if error.name in BENCH_PACKAGES else "requirements.txt"
+        message, code = f"{error}: run pip install -r {file}", 2
     except FloatingPointError as error:
         message, code = str(error), 1
     except KeyboardInterrupt:

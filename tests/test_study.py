@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -227,14 +228,21 @@ def test_every_batch_size_sees_as_many_tokens():
     assert {run["total_batch_size"] * run["max_steps"] for run in runs} == {scale.steps * scale.tokens_per_step}
 
 
-def test_the_best_rate_is_bracketed():
+def test_the_best_rates_are_bracketed_together():
+    rounds = []
+
     def train(trials):
+        rounds.append(len(trials))
         return {one: lab.Outcome(abs(math.log2(dict(one.settings)["max_lr"] / 0.04)), 1, [], [], [], 1.0, [])
                 for one in trials}
 
     losses = SimpleNamespace(seeds=[1], train=train)
-    best, tried = batch_size.tuned(losses, lambda rate: dict(max_lr=rate), (0.005, 0.01, 0.02))
-    assert best == 0.04 and sorted(tried) == [0.005, 0.01, 0.02, 0.04, 0.08]
+    tried = batch_size.tuned(losses, {
+        "far": ((0.005, 0.01, 0.02), lambda rate: dict(max_lr=rate)),
+        "inside": ((0.02, 0.04, 0.08), lambda rate: dict(max_lr=rate))})
+    assert {name: min(some, key=some.get) for name, some in tried.items()} == {"far": 0.04, "inside": 0.04}
+    assert list(tried["far"]) == [0.005, 0.01, 0.02, 0.04, 0.08] and list(tried["inside"]) == [0.02, 0.04, 0.08]
+    assert rounds == [6, 7, 8]  # a search that has ended trains nothing again: its runs are there
 
 
 def test_losses_by_position_are_binned():
@@ -314,6 +322,16 @@ def test_a_text_that_cannot_be_downloaded_is_said_with_the_remedy(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(UserError, match=r"could not be downloaded \(ERROR: no matching distribution\): give .* --data"):
         lab.documents()
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_said_before_anything_is_trained(tmp_path):
+    (tmp_path / "scipy.py").write_text("raise ModuleNotFoundError(\"No module named 'scipy'\", name='scipy')")
+    words = ["-m", "bench.study", "--scale", "toy", "--data", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: No module named 'scipy': run pip install -r requirements-dev.txt\n"
 
 
 @pytest.mark.parametrize("name", study.PARTS)

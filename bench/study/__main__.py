@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,25 +80,25 @@ def module_of(name: str):
     return importlib.import_module(f"bench.study.{name}")
 
 
-def measure(name: str, lab: Lab) -> dict:
+def measure(name: str, lab: Lab, commit: str) -> dict:
     """Measure a part; return its results, with what they were measured on."""
-    started = time.perf_counter()
+    started, lab.asked, lab.made = time.perf_counter(), set(), set()
     results = module_of(name).measure(lab)
-    versions = machine.versions()
     return {"results": results, "scale": dataclasses.asdict(lab.scale), "seconds": time.perf_counter() - started,
+            "runs": len(lab.asked), "kept": len(lab.asked - lab.made),
             "machine": processor() if lab.scale.device == "cpu" else
             machine.describe_device(torch.device(lab.scale.device)),
-            "torch": torch.__version__, "commit": versions["commit"]}
+            "torch": torch.__version__, "commit": commit}
 
 
-def measured_once(name: str, lab: Lab) -> dict:
+def measured_once(name: str, lab: Lab, commit: str) -> dict:
     """Return what measure() has found at this scale before, or measure now and keep it."""
     kept = lab.folder / f"{name}.json"
     if kept.exists():
         print(f"{name}: measured before, in {kept}", flush=True)
         return json.loads(kept.read_text(encoding="utf-8"))
     print(f"{name}: {sections(module_of(name).__doc__)['title']}", flush=True)
-    record = measure(name, lab)
+    record = measure(name, lab, commit)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(kept) as file:
         file.write(json.dumps(record).encode())
@@ -128,8 +129,12 @@ def processor() -> str:
 
 
 def write_page(path: Path, records: dict[str, dict]) -> None:
-    """Write the page of these records, part -> what measure() returns, and the figures into a folder of its name."""
+    """Write the page of these records, part -> what measure() returns, and the figures into a folder of its name.
+
+    What surprised us is not measured: it stands in that folder's notes.toml, if there is one.
+    """
     folder = path.with_suffix("")
+    notes = tomllib.loads((folder / "notes.toml").read_text("utf-8")) if (folder / "notes.toml").exists() else {}
     reports = {name: module_of(name).report(record["results"]) for name, record in records.items()}
     rows = [(f"[{PARTS.index(name) + 1}](#{anchor(name)})", *claim)
             for name, report in reports.items() for claim in report.claims]
@@ -144,10 +149,12 @@ def write_page(path: Path, records: dict[str, dict]) -> None:
             page.draw(folder / f"{figure}.png", draw)
             lines += [f"![{figure.replace('_', ' ')}]({folder.name}/{figure}.png)", ""]
         lines += [report.text.strip(), ""]
-        if note := getattr(module_of(name), "NOTE", "").strip():
-            lines += [f"**What surprised us.** {note}", ""]
-        lines += [f"`python -m bench.study --only {name}`, {cli.clock(record['seconds'])}, {record['machine']}, torch "
-                  f"{record['torch']}, commit {record['commit'][:7]}."]
+        if name in notes:
+            lines += [f"**What surprised us.** {notes[name].strip()}", ""]
+        before = f" ({record['kept']} of its {record['runs']} runs were there before)" if record.get("kept") else ""
+        lines += [f"`python -m bench.study --only {name}`, {cli.clock(record['seconds'])}{before}, "
+                  f"{record['machine']}, torch {record['torch']}, "
+                  f"commit {record['commit'][:7]}{record['commit'][40:]}."]
     with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
 
@@ -160,13 +167,16 @@ def anchor(name: str) -> str:
 
 def main(config: BenchConfig) -> None:
     """Measure the parts, and write the page after each."""
+    for package in ("matplotlib", "scipy", "tiktoken"):
+        importlib.import_module(package)  # if it is missing, that is said before a part is trained
     scale, path = config.chosen_scale(), config.page_path()
+    commit = machine.versions()["commit"]  # before the page, which is in the repository, is written
     data = config.data or ("edu_fineweb10B" if scale.device == "cuda" else "")
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Lab(scale, Path(config.out), data, config.folder(), config.first_seed)) as lab:
         for name in config.names():
-            record = measured_once(name, lab)
+            record = measured_once(name, lab, commit)
             with atomic_write(folder / f"{name}.json") as file:
                 file.write((json.dumps(record) + "\n").encode())
             found = {part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))

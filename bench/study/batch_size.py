@@ -18,22 +18,26 @@ FACTORS = (0.5, 1, 2, 4)  # of the usual batch
 RATES = (0.5, 1.0, 2.0)  # of the usual rate, times the root of the factor
 
 
-def tuned(lab, settings_of, rates: tuple[float, ...]) -> tuple[float, dict[float, float]]:
-    """Return the best of the learning rates for the first seed, and all losses.
+def tuned(lab, searches: dict[str, tuple]) -> dict[str, dict[float, float]]:
+    """Return by name the losses of learning rates for the first seed, rate -> loss.
 
-    `settings_of(rate)` gives trial()'s arguments. If the best is at an end, one more is tried there, up to twice.
+    A search is (rates to try, function of a rate that gives trial()'s arguments). If the best rate is at an end, one
+    more is tried there, up to twice. What the searches have to train is trained together.
     """
-    rates, first = sorted(rates), lab.seeds[0]
-    losses: dict[float, float] = {}
+    rates = {name: sorted(some) for name, (some, _) in searches.items()}
+    losses: dict[str, dict[float, float]] = {}
     for _ in range(3):
-        trials = {rate: trial(**{"seed": first, **settings_of(rate)}) for rate in rates}
+        trials = {(name, rate): trial(**{"seed": lab.seeds[0], **searches[name][1](rate)})
+                  for name, some in rates.items() for rate in some}
         outcomes = lab.train(list(trials.values()))
-        losses = {rate: outcomes[one].loss for rate, one in trials.items()}
-        best = min(rates, key=losses.get)
-        if best not in (rates[0], rates[-1]):
+        losses = {name: {rate: outcomes[trials[name, rate]].loss for rate in some} for name, some in rates.items()}
+        best = {name: min(some, key=some.get) for name, some in losses.items()}
+        at_an_end = [name for name, some in rates.items() if best[name] in (some[0], some[-1])]
+        if not at_an_end:
             break
-        rates = sorted([*rates, best / 2 if best == rates[0] else best * 2])
-    return best, losses
+        for name in at_an_end:
+            rates[name] = sorted([*rates[name], best[name] * (0.5 if best[name] == rates[name][0] else 2)])
+    return losses
 
 
 def settings_of(scale, factor: float, rate: float) -> dict:
@@ -46,18 +50,19 @@ def settings_of(scale, factor: float, rate: float) -> dict:
 
 def measure(lab) -> dict:
     """Tune the rate of each batch size, then train with all seeds; measure the noise scale in the usual runs."""
-    scale, rates, tried = lab.scale, {}, {}
+    scale, searches = lab.scale, {}
     factors = [factor for factor in FACTORS if scale.tokens_per_step * factor >= scale.sequence_length]
     for factor in factors:
         some = tuple(round(scale.max_lr * factor**0.5 * share, 6) for share in RATES)
-        rates[factor], losses = tuned(lab, lambda rate, factor=factor: settings_of(scale, factor, rate), some)
-        tried[str(factor)] = {str(rate): loss for rate, loss in losses.items()}
-    found = lab.by_seed({str(factor): settings_of(scale, factor, rate) for factor, rate in rates.items()})
+        searches[str(factor)] = some, lambda rate, factor=factor: settings_of(scale, factor, rate)
+    tried = tuned(lab, searches)
+    rates = {factor: min(losses, key=losses.get) for factor, losses in tried.items()}
+    found = lab.by_seed({factor: searches[factor][1](rate) for factor, rate in rates.items()})
     windows = scale.tokens_per_step // scale.sequence_length
     watch = dict(watch=max(1, scale.steps // 10), noise=16, micro_batch_size=max(1, windows // 4))
     noisy = lab.by_seed({"noise": watch})
-    return {"tokens_per_step": scale.tokens_per_step, "rates": {str(key): rate for key, rate in rates.items()},
-            "tried": tried, "outcomes": to_json(found), "noisy": to_json(noisy)}
+    return {"tokens_per_step": scale.tokens_per_step, "rates": rates, "tried": tried, "outcomes": to_json(found),
+            "noisy": to_json(noisy)}
 
 
 def noise_scales(outcomes: list[Outcome]) -> tuple[list[int], list[float]]:

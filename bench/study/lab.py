@@ -175,6 +175,7 @@ class Lab:
         self.folder = folder or self.out / scale.name
         self.seeds = range(first_seed, first_seed + scale.seeds)
         self.pool = None  # of the processes that make runs
+        self.asked, self.made = set(), set()  # of all runs that a part has asked for, those that had to be made
 
     def close(self) -> None:
         """End the processes that make runs."""
@@ -196,8 +197,10 @@ class Lab:
     def train(self, trials: list[Trial]) -> dict[Trial, Outcome]:
         """Make the runs that have not been made; return what each has shown. Raises UserError if one fails."""
         missing = [one for one in dict.fromkeys(trials) if not (self.folder / one.name / "outcome.json").exists()]
+        self.asked.update(trials)
         started = time.perf_counter()
         for done, (one, loss) in enumerate(self.finished(missing), 1):
+            self.made.add(one)
             left = (time.perf_counter() - started) / done * (len(missing) - done)
             print(f"{done:>4}/{len(missing)} | {loss:.4f} | {one.name} | ETA {cli.clock(left)}", flush=True)
         return {one: Outcome(**json.loads((self.folder / one.name / "outcome.json").read_text())) for one in trials}
@@ -254,7 +257,7 @@ def run_trial(scale: Scale, data: str, folder: Path, one: Trial) -> float:
         stack.enter_context(mock.patch.object(train_gpt2, "PADDED_VOCAB_SIZE", scale.vocab_size))
         stack.enter_context(mock.patch.object(curve, "draw"))  # the study has its own pictures
         stack.enter_context(variant(one.variant))
-        records = stack.enter_context(watching(one.watch, one.noise)) if one.watch else []
+        records = stack.enter_context(watching(one.watch, one.noise, windows=256)) if one.watch else []
         loss = train_gpt2.main(config)
     lines = curve.read_log(folder)
     steps = [line for line in lines if line["kind"] == "train"]

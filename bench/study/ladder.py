@@ -11,6 +11,7 @@ context is 3 times as fast as with four rows per example, generation with a cach
 tiktoken.
 """
 import importlib
+import itertools
 import os
 import statistics
 import time
@@ -22,9 +23,10 @@ import numpy as np
 import torch
 
 import train_gpt2
-from bench.study.page import COLORS, Report, measured, table
+from bench.study.page import COLORS, Claim, Report, measured, table
+from bench.study.stats import CONFIRMED, REFUTED, UNSEEN
 from bench.train import peak_memory
-from plumbing import machine
+from plumbing import cli, machine
 from plumbing.ranks import World
 from plumbing.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, PADDED_VOCAB_SIZE, GPTConfig
@@ -67,7 +69,6 @@ class Size:
     windows: int  # per step
     B: int  # of the larger micro-batch
     steps: int
-    rounds: int  # times that each loop is run, first and last in turn
     shard: int  # tokens in the shard
     changes: tuple[str, ...] = tuple(CHANGES)
     pair_shape: tuple[int, int, int] = (4, 4, 256)  # model for HellaSwag and generation
@@ -79,12 +80,12 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size((2, 4, 128), T=128, windows=8, B=4, steps=4, rounds=2, shard=10**7),
-    "gpu": Size((12, 12, 768), T=1024, windows=32, B=16, steps=10, rounds=2, shard=10**8, pair_shape=(12, 12, 768),
+    "cpu": Size((2, 4, 128), T=128, windows=8, B=4, steps=8, shard=10**7),
+    "gpu": Size((12, 12, 768), T=1024, windows=32, B=16, steps=10, shard=10**8, pair_shape=(12, 12, 768),
                 device="cuda"),
-    "quick": Size((2, 2, 64), T=128, windows=4, B=4, steps=3, rounds=1, shard=10**7, changes=("large_batch", "kept"),
+    "quick": Size((2, 2, 64), T=128, windows=4, B=4, steps=3, shard=10**7, changes=("large_batch", "kept"),
                   pair_shape=(2, 2, 128), examples=10, new_tokens=64, text=10**5),
-    "toy": Size((1, 1, 16), T=16, windows=4, B=2, steps=2, rounds=1, shard=10**5, changes=("large_batch",),
+    "toy": Size((1, 1, 16), T=16, windows=4, B=2, steps=2, shard=10**5, changes=("large_batch",),
                 pair_shape=(1, 1, 16), examples=4, new_tokens=8, text=10**4, runs=1),
 }
 
@@ -270,9 +271,15 @@ def measure(lab) -> dict:
     folder = lab.out.resolve()
     shard, cache = folder / "ladder.npy", folder / "inductor"
     np.save(shard, np.random.default_rng(0).integers(0, VOCAB_SIZE, size.shard, dtype=np.uint16))
-    for turn in range(size.rounds):
-        for name, loop in list(loops.items())[::-1 if turn % 2 else 1]:  # so that drift falls on all alike
-            runs.setdefault(name, []).append(lab.alone(run_loop, loop, size, str(shard), str(cache)))
+    order, ours = [], f"+ {changes[-1]}"
+    for name in loops:
+        order += [name] if name.startswith(("plain", "+")) else [name, ours]  # before and after it, and so its judge
+    started, rates = time.perf_counter(), []
+    for done, name in enumerate(order, 1):
+        runs.setdefault(name, []).append(lab.alone(run_loop, loops[name], size, str(shard), str(cache)))
+        left = (time.perf_counter() - started) / done * (len(order) - done)
+        rates.append((name, size.windows * size.T / statistics.median(runs[name][-1]["seconds"])))
+        print(f"{done:>4}/{len(order)} | {rates[-1][1]:,.0f} tokens/s | {name} | ETA {cli.clock(left)}", flush=True)
     shard.unlink()
     found = {}
     for name, some in runs.items():
@@ -281,8 +288,33 @@ def measure(lab) -> dict:
                        "memory": max(run["memory"] for run in some), "losses": some[0]["losses"],
                        "first_s": some[0]["first_s"], "padded": loops[name].padded, "bf16": loops[name].bf16}
     return {"shape": size.shape, "T": size.T, "windows": size.windows, "B": size.B, "steps": size.steps,
-            "rounds": size.rounds, "device": size.device, "shard": size.shard, "changes": changes,
-            "notes": notes, "loops": found, "pairs": lab.alone(compare_pairs, size)}
+            "device": size.device, "shard": size.shard, "changes": changes, "notes": notes, "rates": rates,
+            "loops": found, "pairs": lab.alone(compare_pairs, size)}
+
+
+def gains(results: dict) -> tuple[dict[str, float], float]:
+    """Return how many times as fast ours is as without each change, and the noise of such a ratio.
+
+    Each loop is compared with the mean of the runs of ours just before and after it. The noise is the largest
+    difference of two runs of ours in a row.
+    """
+    rates, changes = results["rates"], results["changes"]
+    (_, rung), (_, ours) = rates[len(changes) - 1:len(changes) + 1]
+    found = {changes[-1]: ours / rung}
+    for (_, before), (name, rate), (_, after) in zip(rates, rates[1:], rates[2:]):
+        if name.startswith("- "):
+            found[name.removeprefix("- ")] = (before + after) / 2 / rate
+    some = [rate for name, rate in rates if name == f"+ {changes[-1]}"]
+    return found, max((abs(after / before - 1) for before, after in itertools.pairwise(some)), default=0.0)
+
+
+def judge(gain: float, noise: float, neutral: bool) -> str:
+    """Return the verdict on a change that was predicted to be `neutral`, within 5 %, or else to be a gain."""
+    if neutral and abs(gain - 1) < 0.05:
+        return CONFIRMED
+    if abs(gain - 1) <= noise:
+        return UNSEEN
+    return CONFIRMED if gain > 1 and not neutral else REFUTED
 
 
 def losses_apart(loops: list[dict]) -> float:
@@ -310,7 +342,8 @@ def draw(figure, results: dict) -> None:
     for row, rate in enumerate(rates):
         left.text(rate, row, f" {rate:,.0f}", va="center", fontsize=8)
     left.set(xlabel="tokens/s", xlim=(0, 1.2 * max(rates)))
-    shares = [100 * without(loops, changes, name)["tokens_per_s"] / rates[-1] for name in changes]
+    found, _ = gains(results)
+    shares = [100 / found[name] for name in changes]
     right.barh([f"- {name}".replace("_", " ") for name in changes], shares, color=COLORS[1], hatch="//",
                edgecolor="white")
     right.axvline(100, color=COLORS[0], linestyle="--", linewidth=1)
@@ -330,12 +363,12 @@ def tables(results: dict) -> str:
     loops, changes, before, rows = results["loops"], results["changes"], results["loops"]["plain"], []
     rows.append(("the plainest correct loop", "", f"{before['tokens_per_s']:,.0f}", "",
                  f"{before['memory'] / 1e6:,.0f}", f"{before['losses'][-1]:.4f}", "", ""))
-    ours = loops[f"+ {changes[-1]}"]
+    ours, (found, _) = loops[f"+ {changes[-1]}"], gains(results)
     for name in changes:
         one, lacking, (text, lines) = loops[f"+ {name}"], without(loops, changes, name), CHANGES[name]
         rows.append((f"+ {text}", lines, f"{one['tokens_per_s']:,.0f}",
                      f"{one['tokens_per_s'] / before['tokens_per_s']:.2f}", f"{one['memory'] / 1e6:,.0f}",
-                     f"{one['losses'][-1]:.4f}", f"{lacking['tokens_per_s'] / ours['tokens_per_s']:.2f}",
+                     f"{one['losses'][-1]:.4f}", f"{1 / found[name]:.2f}",
                      f"{(lacking['memory'] - ours['memory']) / 1e6:+,.0f}"))
         before = one
     heads = ("loop", "lines", "tokens/s", "times the one above", "peak MB", "last loss",
@@ -352,7 +385,7 @@ def tables(results: dict) -> str:
 def report(results: dict) -> Report:
     """Compare the loops, and the pairs."""
     loops, changes = results["loops"], results["changes"]
-    plain, ours = loops["plain"], loops[f"+ {changes[-1]}"]
+    plain, ours, (found, noise) = loops["plain"], loops[f"+ {changes[-1]}"], gains(results)
     alike, in_dtype, all_apart = agreement(loops)
     claims = [
         measured("all loops alike in vocabulary and dtype have the same losses, to 1e-3", alike < 1e-3,
@@ -362,13 +395,12 @@ def report(results: dict) -> Report:
                  f"{(ours['memory'] - plain['memory']) / 1e6:+,.0f} MB"),
     ]
     for name in changes:
-        lacking = without(loops, changes, name)
-        gain = ours["tokens_per_s"] / lacking["tokens_per_s"]
-        sentence, true = "the loop is slower without this change alone", gain > 1
-        if name in NEUTRAL and results["device"] == "cpu":
-            sentence, true = "this change alone changes the tokens/s by less than 5 %", abs(gain - 1) < 0.05
-        claims.append(measured(f"{sentence}: {CHANGES[name][0]}", true, f"with it {gain:.2f} times the tokens/s, "
-                               f"{(ours['memory'] - lacking['memory']) / 1e6:+,.0f} MB"))
+        lacking, neutral = without(loops, changes, name), name in NEUTRAL and results["device"] == "cpu"
+        sentence = ("this change alone changes the tokens/s by less than 5 %" if neutral else
+                    "the loop is slower without this change alone")
+        claims.append(Claim(f"{sentence}: {CHANGES[name][0]}", judge(found[name], noise, neutral),
+                            f"with it {found[name]:.2f} times the tokens/s, "
+                            f"{(ours['memory'] - lacking['memory']) / 1e6:+,.0f} MB"))
     notes = list(results["notes"])
     for name, one in results["pairs"].items():
         if "note" in one:
@@ -380,6 +412,8 @@ def report(results: dict) -> Report:
                                ratio > 1 and one["same"], f"{ratio:.1f} times the {one['unit']}"))
     L, nh, C = results["shape"]
     text = (f"{L} layers, {nh} heads, C={C}, T={results['T']}, {results['windows']} windows per step, micro-batches of "
-            f"1 or {results['B']}, a shard of {results['shard']:,} tokens; medians of {results['steps']} steps in each "
-            f"of {results['rounds']} runs. {' '.join(notes)}\n\n")
+            f"1 or {results['B']}, a shard of {results['shard']:,} tokens; medians of {results['steps']} steps. "
+            "The loop with all changes was run anew before and after each that lacks one, which is compared with these "
+            f"two; two of its runs in a row differ by up to {noise:.0%}, and what is less is not visible. "
+            f"{' '.join(notes)}\n\n")
     return Report(claims, text + tables(results), {"ladder": lambda figure: draw(figure, results)})

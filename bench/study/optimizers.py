@@ -13,7 +13,7 @@ from bench.study.page import Report, compared, listed, loss_curves, measured, ta
 from bench.study.stats import difference, spread
 
 LARGER = {"cpu": dict(n_layer=6, n_embd=96), "quick": {}, "toy": {}, "gpu": {}}
-RATES = {"AdamW": (0.5, 1.0, 2.0), "Muon": (1.5, 3.0, 6.0)}  # of the usual rate
+RATES = {"AdamW": (0.25, 0.5, 1.0), "Muon": (0.375, 0.75, 1.5)}  # of the usual rate
 SHARE = 0.4  # of the steps, in which Muon is also run to its end
 
 
@@ -34,11 +34,12 @@ def crossing(curve: list, goal: float) -> float:
 
 def measure(lab) -> dict:
     """Tune both, train with all seeds, and Muon also in a share of the steps."""
-    scale, best, tried = lab.scale, {}, {}
+    scale, searches = lab.scale, {}
     for name, shares in RATES.items():
         rates = tuple(round(share * scale.max_lr, 6) for share in shares)
-        best[name], losses = tuned(lab, lambda rate, name=name: settings_of(scale, name, rate, scale.steps), rates)
-        tried[name] = {str(rate): loss for rate, loss in losses.items()}
+        searches[name] = rates, lambda rate, name=name: settings_of(scale, name, rate, scale.steps)
+    tried = tuned(lab, searches)
+    best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
     short = max(2, round(SHARE * scale.steps))
     found = lab.by_seed({
         **{name: settings_of(scale, name, rate, scale.steps) for name, rate in best.items()},

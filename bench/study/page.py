@@ -77,7 +77,7 @@ def loss_curves(figure, outcomes: dict[str, list], tokens_per_step: int) -> None
         x, losses = curve_axis(found, tokens_per_step)
         band(axes, x, losses, name, index)
     axes.set(xlabel="million tokens", ylabel="training loss, nats per token")
-    axes.legend()
+    figure.legend(loc="outside right upper") if len(outcomes) > 4 else axes.legend()
 
 
 def draw(path: Path, figure_of: Callable) -> None:

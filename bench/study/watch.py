@@ -24,17 +24,17 @@ import train_gpt2
 
 KINDS = ("wte", "wpe", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of matrices
 RANKS = (10, 100, 1000)  # where classes of tokens end, by the rank of their frequency
-WINDOWS = 32  # windows of the validation set that a record looks at
 
 
 @contextlib.contextmanager
-def watching(every: int, noise: int = 0):
+def watching(every: int, noise: int = 0, windows: int = 32):
     """Yield a list that gets a record after each `every` steps of what is trained within the block.
 
-    A record has, for the model after `step` steps: `logit_std` and `logit_max`; `entropy`, by layer, of attention as a
-    share of the largest possible; `by_position`, (T,) losses in nats; `by_rank`, the mean losses of classes of tokens
-    by the rank of their frequency; `updates`, by kind of matrix, norm of the next update / norm of the weights. With
-    `noise`, also `noise`: the estimates of `gradient_noise` from that many micro-batches.
+    A record looks at `windows` windows of the validation set. It has, for the model after `step` steps: `logit_std` and
+    `logit_max`; `entropy`, by layer, of attention as a share of the largest possible; `by_position`, (T,) losses in
+    nats; `by_rank`, the mean losses of classes of tokens by the rank of their frequency; `updates`, by kind of matrix,
+    norm of the next update / norm of the weights. With `noise`, also `noise`: the estimates of `gradient_noise` from
+    that many micro-batches.
     """
     records = []
 
@@ -45,7 +45,7 @@ def watching(every: int, noise: int = 0):
                 records[-1]["updates"] = update_ratios(self.before, matrices(self.raw_model))
             self.before = {}
             if self.step % every == 0 or self.step == self.config.max_steps:
-                record = {"step": self.step, **look(self.raw_model, self.val_loader, self.ranks, self.world)}
+                record = {"step": self.step, **look(self.raw_model, self.val_loader, self.ranks, self.world, windows)}
                 if noise:
                     record["noise"] = gradient_noise(self.raw_model, self.train_loader, self.step, noise, self.world)
                 records.append(record)
@@ -104,14 +104,14 @@ def attention_entropy(qkv: torch.Tensor, n_head: int) -> float:
 
 
 @torch.no_grad()
-def look(model, loader, ranks: torch.Tensor, world) -> dict:
-    """Run the model over the first windows of `loader`; return what a record has, but for the updates."""
+def look(model, loader, ranks: torch.Tensor, world, windows: int) -> dict:
+    """Run the model over the first `windows` of `loader`; return what a record has, but for the updates."""
     entropies, losses, targets, logit_squares, logit_max = [], [], [], [], 0.0
     hooks = [block.attn.c_attn.register_forward_hook(
         lambda module, inputs, qkv, n_head=block.attn.n_head: entropies[-1].append(attention_entropy(qkv, n_head)))
         for block in model.transformer.h]
     try:
-        for i in range(max(1, min(WINDOWS, loader.n_windows) // loader.B)):
+        for i in range(max(1, min(windows, loader.n_windows) // loader.B)):
             x, y = loader.batch(i)  # (B, T) each
             entropies.append([])
             with world.autocast:
