@@ -27,8 +27,8 @@ GPT2 = (124_439_808, 10e9)  # parameters and tokens of the reproduction
 def measure(lab) -> dict:
     """Train each size for each number of tokens, with one seed."""
     scale, variants = lab.scale, {}
-    for n_layer, n_embd in SIZES[scale.name]:
-        for length in LENGTHS:
+    for n_layer, n_embd in reversed(SIZES[scale.name]):  # the longest run first: no core waits for it at the end
+        for length in reversed(LENGTHS):
             steps = max(2, round(length * scale.steps))
             rate = round(scale.max_lr * (scale.shape["n_embd"] / n_embd) ** 0.5, 6)
             variants[f"{n_layer} layers, {n_embd} channels, {steps} steps"] = dict(
@@ -77,7 +77,7 @@ def report(results: dict) -> Report:
     share = results["gpt2_tokens_per_token"]
     far = float(law.loss(*GPT2)) / share  # nats per token of GPT-2
     rows = [(f"{n:,.0f}", f"{d:,.0f}", f"{loss:.4f}", f"{loss - law.loss(n, d):+.4f}")
-            for n, d, loss in zip(N, D, losses, strict=True)]
+            for n, d, loss in sorted(zip(N, D, losses, strict=True))]
     names = ("E", "A", "alpha", "B", "beta")
     fitted = ", ".join(f"{name} = {value:.3g} ± {error:.2g}" for name, value, error in
                        zip(names, law[:5], law.errors, strict=True))
