@@ -367,6 +367,12 @@ def test_a_repeated_study_has_other_seeds_and_a_page_of_its_own(shards, tmp_path
     assert (tmp_path / "toy-seed3" / "study.md").is_file()
 
 
+def test_a_record_of_another_version_is_named(tmp_path):
+    for record in ({"results": {}}, {}):
+        with pytest.raises(UserError, match=r"study.tying\.json was written by another version .*delete it"):
+            study.write_page(tmp_path / "study.md", {"tying": record})
+
+
 def test_outcomes_survive_json():
     some = {"a": [lab.Outcome(1.5, 10, [[0, 2.0]], [1.0], [0.5], 0.1, [{"step": 0}])]}
     assert lab.from_json(json.loads(json.dumps(lab.to_json(some)))) == some

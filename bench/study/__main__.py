@@ -1,6 +1,6 @@
 """Measure each claim of the project, and write docs/study.md with its figures.
 
-    python -m bench.study                    # all parts: under an hour on two cores
+    python -m bench.study                    # all parts: about an hour on two cores
     python -m bench.study --only tying       # this part; --quick for a taste of all in three minutes
 
 If it is stopped, the same command continues; what is finished is not made again. On a GPU it trains GPT-2 124M on
@@ -25,6 +25,7 @@ import torch
 from bench.study import page
 from bench.study.lab import SCALES, Lab, Scale
 from plumbing import cli, machine
+from plumbing.cli import UserError
 from plumbing.files import atomic_write
 
 PARTS = ("tying", "residual", "choices", "attention", "dynamics", "batch_size", "optimizers", "weight_decay",
@@ -128,18 +129,30 @@ def processor() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
+def report_of(name: str, record: dict, folder: Path) -> page.Report:
+    """Return the report of a part. Raises UserError if its record has not what this version of the part writes."""
+    try:
+        return module_of(name).report(record["results"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / name}.json was written by another version of the study ({error!r}): delete it, or "
+                        "write to another --page") from error
+
+
 def write_page(path: Path, records: dict[str, dict]) -> None:
     """Write the page of these records, part -> what measure() returns, and the figures into a folder of its name.
 
-    What surprised us is not measured: it stands in that folder's notes.toml, if there is one.
+    What surprised us, and what came of repeating it, is not measured: it stands in that folder's notes.toml, if there
+    is one.
     """
     folder = path.with_suffix("")
     notes = tomllib.loads((folder / "notes.toml").read_text("utf-8")) if (folder / "notes.toml").exists() else {}
-    reports = {name: module_of(name).report(record["results"]) for name, record in records.items()}
+    reports = {name: report_of(name, record, folder) for name, record in records.items()}
     rows = [(f"[{PARTS.index(name) + 1}](#{anchor(name)})", *claim)
             for name, report in reports.items() for claim in report.claims]
     lines = [(Path(__file__).parent / "head.md").read_text(encoding="utf-8").strip(), "",
              page.table(("part", "claim", "verdict", "effect"), rows)]
+    if "repeated" in notes:
+        lines += ["", f"**Repeated.** {notes['repeated'].strip()}"]
     for name, report in reports.items():
         pieces, record = sections(module_of(name).__doc__), records[name]
         lines += ["", f"## {PARTS.index(name) + 1} {pieces['title']}", "",
