@@ -195,13 +195,14 @@ def test_ladder_part_compares_loops_and_pairs(lab):
 def test_gain_of_a_change_is_that_over_the_runs_beside_it():
     """A machine that slows down by a tenth from run to run changes no gain by more than a percent."""
     speeds = {"plain": 1.0, "+ bf16": 2.0, "+ fused": 2.0, "+ kept": 4.0, "- bf16": 2.0, "- fused": 4.0}
-    order = ["plain", "+ bf16", "+ fused", "+ kept", "- bf16", "+ kept", "- fused", "+ kept"]
+    order = ["plain", "+ bf16", "+ fused", "+ kept", "plain", "+ kept", "- bf16", "+ kept", "- fused", "+ kept"]
     steady, drifting = ({"changes": ["bf16", "fused", "kept"], "rates": [
         (name, speeds[name] * factor**i) for i, name in enumerate(order)]} for factor in (1.0, 0.9))
-    assert ladder.gains(steady) == ({"kept": 2.0, "bf16": 2.0, "fused": 1.0}, 0.0)
+    assert ladder.gains(steady) == ({"kept": 2.0, "plain": 4.0, "bf16": 2.0, "fused": 1.0}, 0.0)
     gains, noise = ladder.gains(drifting)
     assert noise == pytest.approx(0.19) and gains["kept"] == pytest.approx(1.8)
-    assert (gains["bf16"], gains["fused"]) == (pytest.approx(2.0, rel=0.01), pytest.approx(1.0, rel=0.01))
+    assert (gains["plain"], gains["bf16"]) == (pytest.approx(4.0, rel=0.01), pytest.approx(2.0, rel=0.01))
+    assert gains["fused"] == pytest.approx(1.0, rel=0.01)
 
 
 @pytest.mark.parametrize("gain, noise, neutral, expected", [
@@ -222,7 +223,8 @@ def test_pair_whose_package_is_missing_is_left_out_and_said(monkeypatch):
     pairs = ladder.compare_pairs(ladder.SIZES["toy"])
     one = {"tokens_per_s": 1.0, "memory": 1, "losses": [1.0], "bf16": False, "padded": False}
     results = {"shape": (1, 1, 16), "T": 16, "windows": 4, "B": 2, "steps": 2, "shard": 9, "device": "cpu",
-               "rates": [("plain", 1.0), ("+ fused", 1.5)], "changes": ["fused"], "notes": [], "pairs": pairs,
+               "rates": [("plain", 1.0), ("+ fused", 1.5), ("plain", 1.0), ("+ fused", 1.5)],
+               "changes": ["fused"], "notes": [], "pairs": pairs,
                "loops": {"plain": one, "+ fused": one | {"tokens_per_s": 1.5, "losses": [1.002], "memory": 10**6}}}
     found = checked(ladder, results)
     assert "tokens: left out: No module named 'gigatoken'." in found.text

@@ -83,6 +83,7 @@ def figure_of_inside(figure, outcomes: list, tokens_per_step: int) -> None:
         middles = [(i + 0.5) * width for i in range(len(losses[0]))]
         band(axes[1, 0], middles, losses, f"{x[at]:.2f} million tokens", index)
     axes[1, 0].set(title="loss by position", xlabel="position", ylabel="nats")
+    axes[1, 0].margins(y=0.4)  # room for the legend
     for index, ranks in enumerate(records[0][0]["by_rank"]):
         losses = [[record["by_rank"][ranks] for record in some] for some in records]
         band(axes[1, 1], x, losses, f"ranks {ranks}", index)
