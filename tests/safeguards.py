@@ -804,5 +804,32 @@ SUMMARY = [
            "return text", "columns keep their places", "tests/test_summary.py -k columns"),
 ]
 
+STUDY = [
+    Mutant("study_interval", "bench/study/stats.py", "t.ppf(0.975,", "t.ppf(0.95,",
+           "an interval holds the true difference in 95 of 100 studies", "tests/test_study.py -k interval"),
+    Mutant("study_verdict", "bench/study/stats.py", "CONFIRMED if low > 0 else", "CONFIRMED if found.mean > 0 else",
+           "a claim is confirmed by its whole interval", "tests/test_study.py -k verdicts"),
+    Mutant("study_power_law", "bench/study/stats.py", "np.exp(log_B - beta * np.log(D))", "np.exp(log_B)",
+           "the power law depends on the tokens", "tests/test_study.py -k power_law"),
+    Mutant("study_crossing", "bench/study/optimizers.py", "(loss - goal) / (loss - next_loss)", "1",
+           "where two curves cross is interpolated", "tests/test_study.py -k crossing"),
+    Mutant("study_noise_scale", "bench/study/watch.py", "squared = (B_big * big - B_small * small) / (B_big - B_small)",
+           "squared = big", "the estimate of the gradient's square is unbiased", "tests/test_study.py -k noise_scale"),
+    Mutant("study_entropy_causal", "bench/study/watch.py", "device=qkv.device).triu(1)", "device=qkv.device).triu(2)",
+           "the entropy is that of causal attention", "tests/test_study.py -k entropy"),
+    Mutant("study_unscaled", "bench/study/variants.py", "*= math.sqrt(2 * self.config.n_layer)", "*= 1.0",
+           "the variant without scaled initialization is without it", "tests/test_study.py -k 'variants or grows'"),
+    Mutant("study_variance", "bench/study/residual.py", "+ 4 * C * std**2 * squared", "+ C * std**2 * squared",
+           "the expected stream has what four times as many hidden units add", "tests/test_study.py -k stream"),
+    Mutant("study_only_missing", "bench/study/lab.py", ' if not (self.folder / one.name / "outcome.json").exists()]',
+           "]", "a study that was stopped makes the missing runs alone", "tests/test_study.py -k missing"),
+    Mutant("study_cut_merges", "bench/study/lab.py", "if rank < vocab_size})", "if rank < vocab_size + 1})",
+           "the study's text has the tokens that its models have", "tests/test_study.py -k last_token"),
+    Mutant("study_attention_causal", "bench/study/attention.py", "device=q.device).triu(1)", "device=q.device).triu(2)",
+           "the written-out attention is causal", "tests/test_study_speed.py -k attention_written_out"),
+    Mutant("study_padding", "bench/study/ladder.py", "        model.load_state_dict(cut)\n", "",
+           "the loop without padding has the weights of the others", "tests/test_study_speed.py -k padding"),
+]
+
 MUTANTS = [*MODEL, *OPTIMIZER, *DATA, *EVALUATION, *NOT_FINITE, *RESUMING, *FILES, *STOPPING, *RANKS, *SHARDS, *FINEWEB,
-           *DOWNLOADS, *HELLASWAG, *TEXT, *MODELS, *MACHINE, *SUMMARY]
+           *DOWNLOADS, *HELLASWAG, *TEXT, *MODELS, *MACHINE, *SUMMARY, *STUDY]

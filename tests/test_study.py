@@ -265,6 +265,16 @@ def test_the_text_is_split_by_document_and_encoded_with_gpt2_s_first_merges(shar
         assert about["tokens"] == len(ids) > about["gpt2_tokens"]
 
 
+@needs(*ENCODING)
+def test_the_text_has_the_last_token_of_the_vocabulary_and_none_beyond(tmp_path):
+    from plumbing.tokenizer import gpt2_encoding
+
+    last, beyond = gpt2_encoding().decode([1023]), gpt2_encoding().decode([1024])
+    lab.prepare_text(tmp_path / "text", [last, beyond], 1024, val_share=2)
+    val, train = (np.load(tmp_path / "text" / f"text_{split}_000000.npy").tolist() for split in ("val", "train"))
+    assert val == [1023] and len(train) > 1 and max(train) < 1024
+
+
 @needs(*ENCODING, "scipy", "matplotlib")
 @pytest.mark.parametrize("name", mostly_slow(TRAINED))
 def test_a_part_is_measured_and_reported_at_toy_size(name, shards, tmp_path, capsys):

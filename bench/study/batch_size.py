@@ -59,8 +59,8 @@ def measure(lab) -> dict:
     rates = {factor: min(losses, key=losses.get) for factor, losses in tried.items()}
     found = lab.by_seed({factor: searches[factor][1](rate) for factor, rate in rates.items()})
     windows = scale.tokens_per_step // scale.sequence_length
-    watch = dict(watch=max(1, scale.steps // 10), noise=16, micro_batch_size=max(1, windows // 4))
-    noisy = lab.by_seed({"noise": watch})
+    every = max(min(4, scale.steps // 2), scale.steps // 10)
+    noisy = lab.by_seed({"noise": dict(watch=every, noise=16, micro_batch_size=max(1, windows // 4))})
     return {"tokens_per_step": scale.tokens_per_step, "rates": rates, "tried": tried, "outcomes": to_json(found),
             "noisy": to_json(noisy)}
 

@@ -17,7 +17,7 @@ def variants(scale) -> dict[str, dict]:
     """Return what is tried, name -> arguments of trial()."""
     steps = scale.steps
     return {
-        "GPT-2": dict(watch=max(1, steps // 15)),
+        "GPT-2": dict(watch=max(min(4, steps // 2), steps // 15)),
         "no warmup": dict(warmup_steps=0),
         "short warmup": dict(warmup_steps=max(1, steps // 60)),
         "long warmup": dict(warmup_steps=steps // 3),

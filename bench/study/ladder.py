@@ -83,7 +83,7 @@ SIZES = {
     "cpu": Size((2, 4, 128), T=128, windows=8, B=4, steps=8, shard=10**7),
     "gpu": Size((12, 12, 768), T=1024, windows=32, B=16, steps=10, shard=10**8, pair_shape=(12, 12, 768),
                 device="cuda"),
-    "quick": Size((2, 2, 64), T=128, windows=4, B=4, steps=3, shard=10**7, changes=("large_batch", "kept"),
+    "quick": Size((2, 2, 64), T=128, windows=4, B=4, steps=3, shard=10**7, changes=("kept",),
                   pair_shape=(2, 2, 128), examples=10, new_tokens=64, text=10**5),
     "toy": Size((1, 1, 16), T=16, windows=4, B=2, steps=2, shard=10**5, changes=("large_batch",),
                 pair_shape=(1, 1, 16), examples=4, new_tokens=8, text=10**4, runs=1),
@@ -415,6 +415,6 @@ def report(results: dict) -> Report:
     text = (f"{L} layers, {nh} heads, C={C}, T={results['T']}, {results['windows']} windows per step, micro-batches of "
             f"1 or {results['B']}, a shard of {results['shard']:,} tokens; medians of {results['steps']} steps. "
             "The loop with all changes was run anew before and after each that lacks one, and the plainest, which is "
-            f"compared with these two; two of its runs in a row differ by up to {noise:.0%}, and what is less is not visible. "
-            f"{' '.join(notes)}\n\n")
+            f"compared with these two; two of its runs in a row differ by up to {noise:.0%}, and what is less is not "
+            f"visible. {' '.join(notes)}\n\n")
     return Report(claims, text + tables(results), {"ladder": lambda figure: draw(figure, results)})
