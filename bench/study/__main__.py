@@ -1,7 +1,7 @@
 """Measure each claim of the project, and write docs/study.md with its figures.
 
     python -m bench.study                    # all parts: about an hour on two cores
-    python -m bench.study --only tying       # this part; --quick for a taste of all in a few minutes
+    python -m bench.study --only tying       # this part; --quick for a taste of all in three minutes
 
 If it is stopped, the same command continues; what is finished is not made again. On a GPU it trains GPT-2 124M on
 --data, which takes hours. Each part's module says what was predicted before it was measured.
@@ -38,7 +38,7 @@ class BenchConfig:
     """Settings of the study; every field is a flag."""
     # What is measured
     only: str = ""  # parts, with commas between them (empty: all)
-    quick: bool = False  # a taste in a few minutes, written beside the runs
+    quick: bool = False  # a taste in three minutes, written beside the runs
     first_seed: cli.Positive = 1  # of each run's seeds; with others, the study is repeated
     scale: Literal["auto", "cpu", "gpu", "toy"] = "auto"  # size of the runs (auto: gpu if there is one)
     # Files
